@@ -34,7 +34,7 @@ class Agent:
 
     async def answer(
         self, history: list[Message], sampling: Sampling, listen: Listener, *, max_tokens: int = 0
-    ) -> tuple[Trajectory, list[Message]]:
+    ) -> Trajectory:
         """One answer, told piece by piece; `max_tokens` 0: as the config has it.
 
         Raises:

@@ -29,7 +29,7 @@ from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.rewards.graders import grade
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine
-from open_agentrl_jax.rollout.scheduler import EventLoop, play_all
+from open_agentrl_jax.rollout.scheduler import EventLoop, Play, play_all
 from open_agentrl_jax.sandbox.client import Sandbox, SandboxSpec
 from open_agentrl_jax.train.packing import Example
 from open_agentrl_jax.train.sft import example
@@ -202,7 +202,7 @@ class Player:
 
 
 def play_through(
-    player: Player,
+    player: Play,
     tasks: Sequence[Task],
     samples: int,
     concurrency: int,

@@ -88,8 +88,8 @@ def talk(agent: Agent, loop: EventLoop, console: Console) -> None:
             asked = [*history, Message("user", said)]
             future = loop.submit(agent.answer(asked, dataclasses.replace(sampling, seed=seed), listen))
             try:
-                trajectory, answered = future.result()
-                history = [*asked, *answered]
+                trajectory = future.result()
+                history = [*asked, *trajectory.said]
                 console.print()
                 if trajectory.stop != "answer":
                     console.print(f"[{trajectory.stop}]", style="yellow", markup=False)

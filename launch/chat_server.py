@@ -137,15 +137,13 @@ class _Answer:
 
 
 async def _played(agent: Agent, question: Question, listen: Listener) -> dict[str, Any]:
-    trajectory, messages = await agent.answer(
-        question.messages, question.sampling, listen, max_tokens=question.max_tokens
-    )
+    trajectory = await agent.answer(question.messages, question.sampling, listen, max_tokens=question.max_tokens)
     if trajectory.aborted:
         raise RuntimeError("the sandbox or the engine failed, or the answer took too long; try again")
     prompt = int(trajectory.metrics["prompt_length"])
     said = int(trajectory.metrics["response_length"])
     usage = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
-    told = {"stop": trajectory.stop, "messages": [message.to_chat() for message in messages]}
+    told = {"stop": trajectory.stop, "messages": [message.to_chat() for message in trajectory.said]}
     return {"finish": FINISH[trajectory.stop], "usage": usage, "agent": told}
 
 

@@ -26,7 +26,7 @@ from open_agentrl_jax.data import collection
 from open_agentrl_jax.data.conversations import write_conversations
 from open_agentrl_jax.data.journal import Journal
 from open_agentrl_jax.data.stitched import NotStitchable, stitch
-from open_agentrl_jax.rollout.scheduler import EventLoop, play_all
+from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Sampling, Task, UserError
@@ -125,15 +125,13 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
         teacher = players.TEACHERS[players.kind_of(config, url)](wish)
         stack.callback(teacher.close)
         tasks = choose(work, teacher.chat)
-        done, total = 0, len(tasks) * options.tries
-
-        def on_episode() -> None:
-            nonlocal done
-            done += 1
-            work.screen.bar("collect", done, total)
-
-        groups = loop.run(
-            play_all(teacher.play, tasks, samples=options.tries, concurrency=teacher.concurrency, on_episode=on_episode)
+        groups = assemble.play_through(
+            teacher.play,
+            tasks,
+            options.tries,
+            teacher.concurrency,
+            loop,
+            lambda done, total: work.screen.bar("collect", done, total),
         )
         work.card["made"] |= {"teacher": f"{model} at {url}" if url else model, "tries a problem": options.tries}
         work.card["teacher"] = {**teacher.counts(), "calls saved by the journal": journal.saved}
@@ -146,7 +144,7 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
             else:
                 samples.append(collection.sample_of(group.task, trajectory, number, [PythonTool.schema]))
     work.card["problems"]["solved"] = sum(any(t.accuracy == 1 for t in group.trajectories) for group in groups)
-    return samples, {"tries": total, **counts}
+    return samples, {"tries": len(tasks) * options.tries, **counts}
 
 
 def stitched(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:

@@ -24,7 +24,7 @@ from open_agentrl_jax.config import Config
 from open_agentrl_jax.data.journal import Journal
 from open_agentrl_jax.evaluation.compare import accuracies, paired
 from open_agentrl_jax.evaluation.evaluate import livecodebench, per_problem, report
-from open_agentrl_jax.rollout.scheduler import EventLoop, play_all
+from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Group, Sampling, UserError
@@ -67,23 +67,16 @@ def main(config: Config, options: Options) -> int:
         tasks, notes = assemble.problems(config, config.data.eval, player.chat, evaluation=True)
         for note in notes:
             screen.say(note)
-        done, total = 0, len(tasks) * config.eval.samples
-
-        def on_episode() -> None:
-            nonlocal done
-            done += 1
-            screen.bar("evaluate", done, total)
-
-        groups = loop.run(
-            play_all(
-                player.play,
-                tasks,
-                samples=config.eval.samples,
-                concurrency=player.concurrency,
-                on_episode=on_episode,
-            )
+        groups = assemble.play_through(
+            player.play,
+            tasks,
+            config.eval.samples,
+            player.concurrency,
+            loop,
+            lambda done, total: screen.bar("evaluate", done, total),
         )
         if journal.found:
+            total = len(tasks) * config.eval.samples
             screen.say(f"{journal.found} of {total} episodes were there already: {journal.path}")
         figures = {
             "model": model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ class Parts:
     stopper: Stopper
 
 
+def running(parts: Parts, name: str, *, first_number: int = 0) -> Run:
+    """The running parts of a phase, as its loop sees them."""
+    return Run(
+        parts.writer,
+        parts.checkpoints,
+        parts.stopper,
+        parts.config.checkpoint.every,
+        functools.partial(parts.screen.bar, name),
+        first_number=first_number,
+    )
+
+
 def run_sft(
     parts: Parts, conversations: Sequence[Any], steps: int, state: states.TrainState | None, progress: Progress
 ) -> states.TrainState:
@@ -68,13 +81,7 @@ def run_sft(
         state,
         step_fn,
         stream,
-        Run(
-            parts.writer,
-            parts.checkpoints,
-            parts.stopper,
-            config.checkpoint.every,
-            lambda done, total, text: parts.screen.bar("SFT", done, total, text),
-        ),
+        running(parts, "SFT"),
         steps=steps,
         batch_size=config.sft.batch_size,
         packing=packing,
@@ -201,14 +208,7 @@ def run_rl(
                 rollouts,
                 generation.publish,
                 evaluate,
-                Run(
-                    parts.writer,
-                    parts.checkpoints,
-                    parts.stopper,
-                    config.checkpoint.every,
-                    lambda done, total, text: parts.screen.bar("RL", done, total, text),
-                    first_number=sft_steps,
-                ),
+                running(parts, "RL", first_number=sft_steps),
                 rl,
                 assemble.packing(config, config.agent.max_prompt + config.agent.max_response, policy.mesh),
                 BEHAVIOURS[config.behaviour],

@@ -119,6 +119,15 @@ class Trajectory:
         """True where the infrastructure failed: the trajectory is masked, never scored as the model's error."""
         return self.stop == "aborted"
 
+    @property
+    def said(self) -> list[Message]:
+        """The conversation after the prompt as text, the calls still part of it."""
+        return [
+            message
+            for turn in self.turns
+            for message in (Message("assistant", turn.content), *(Message("tool", out) for out in turn.tool_outputs))
+        ]
+
 
 @dataclasses.dataclass
 class Group:

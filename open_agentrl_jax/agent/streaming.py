@@ -111,7 +111,7 @@ async def reply(
     *,
     session: str,
     shorten: Callable[[str], str] = str,
-) -> tuple[Trajectory, list[Message]]:
+) -> Trajectory:
     """The agent's answer to a conversation: as many turns and tool calls as it takes.
 
     Args:
@@ -126,7 +126,7 @@ async def reply(
         shorten: cuts a tool's output to its budget.
 
     Returns:
-        The trajectory, and the messages to add to the history.
+        The trajectory; what it `said` is to be added to the history.
     """
 
     async def ungraded(task: Task, text: str) -> Score:
@@ -135,9 +135,4 @@ async def reply(
     environment = ToolEnvironment(tools, ungraded, shorten=shorten, session=session)
     watched = Watched(engine, environment, chat, listen)
     task = Task(session, list(history), None)
-    trajectory = await episode.run(watched, watched, chat, task, sampling, budget, session=session)
-    said: list[Message] = []
-    for turn in trajectory.turns:
-        said.append(Message("assistant", turn.content))
-        said += [Message("tool", output) for output in turn.tool_outputs]
-    return trajectory, said
+    return await episode.run(watched, watched, chat, task, sampling, budget, session=session)

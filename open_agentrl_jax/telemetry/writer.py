@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.telemetry.tokens import pack_tokens
-from open_agentrl_jax.types import Group, Message, Trajectory, UserError
+from open_agentrl_jax.types import Group, UserError
 
 FILES = ("metrics.jsonl", "trajectories.jsonl")
 
@@ -83,7 +83,7 @@ class Writer:
                         "problem_id": group.task.id,
                         "sample": sample,
                         "prompt": [message.to_chat() for message in group.task.messages],
-                        "messages": [message.to_chat() for message in messages(trajectory)],
+                        "messages": [message.to_chat() for message in trajectory.said],
                         "answer": group.task.answer if isinstance(group.task.answer, str) else None,
                         "reward": round(trajectory.reward, 6),
                         "accuracy": trajectory.accuracy,
@@ -123,15 +123,6 @@ class Silent(Writer):
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         pass
-
-
-def messages(trajectory: Trajectory) -> list[Message]:
-    """The conversation after the prompt, as text."""
-    said = []
-    for turn in trajectory.turns:
-        said.append(Message("assistant", turn.content))
-        said += [Message("tool", output) for output in turn.tool_outputs]
-    return said
 
 
 def _number(value: Any) -> Any:

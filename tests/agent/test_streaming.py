@@ -65,7 +65,7 @@ async def watch(chat, *texts, budget=None):
     history = [Message("user", "Ada has 3 packs of 4 cards. How many?")]
     budget = budget or episode.Budget(4, 400)
     played = await reply(engine, chat, [Interpreter()], history, Sampling(0), budget, listen, session="s")
-    return *played, events, engine
+    return played, played.said, events, engine
 
 
 async def test_words_calls_and_outputs_are_told_in_order(chat):
