@@ -1,5 +1,6 @@
 """Real SGLang servers for the tests marked `sglang`, shared by all of them."""
 
+import contextlib
 import os
 import pathlib
 
@@ -10,15 +11,22 @@ from open_agentrl_jax.types import UserError
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what needs a server where none is installed, and says how to install it. CI installs it and never skips."""
+    """Skips what needs a server where none is installed, and says how to install it. CI installs it and never skips.
+
+    Nor do several workers run it: each would start servers of its own.
+    """
     if os.environ.get("CI_SGLANG") == "1":
         return
+    reason = ""
     try:
         servers.python_of_sglang()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            reason = "real SGLang servers are for one process: pytest -n 0 -m sglang tests/rollout"
     except UserError:
-        for item in items:
-            if "sglang" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=f"needs the SGLang server: {servers.INSTALL}"))
+        reason = f"needs the SGLang server: {servers.INSTALL}, then pytest -n 0 -m sglang tests/rollout"
+    for item in items:
+        if reason and "sglang" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 VOCAB, CONTEXT = 512, 1024
@@ -90,15 +98,24 @@ def checkpoints(tmp_path_factory):
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
+@contextlib.contextmanager
+def launched(checkpoint, count, logs):
+    with servers.LaunchedServers(
+        checkpoint, count, log_dir=logs, context_length=CONTEXT, max_tokens=16 * CONTEXT
+    ) as these:
+        these.wait()
+        yield these
+
+
 @pytest.fixture(scope="session")
-def fleet(checkpoints, tmp_path_factory):
-    """Two Qwen3 servers and one Qwen2 server, real ones, started together: a start takes half a minute or more."""
-    logs = tmp_path_factory.mktemp("sglang")
-    settings = dict(context_length=CONTEXT, max_tokens=16 * CONTEXT)
-    with (
-        servers.LaunchedServers(checkpoints.paths["qwen3", 0], 2, log_dir=logs / "qwen3", **settings) as qwen3,
-        servers.LaunchedServers(checkpoints.paths["qwen2", 0], 1, log_dir=logs / "qwen2", **settings) as qwen2,
-    ):
-        qwen3.wait()
-        qwen2.wait()
-        yield {"qwen3": qwen3, "qwen2": qwen2}
+def qwen3(checkpoints, tmp_path_factory):
+    """Two real servers, started when first asked for: that takes half a minute or more."""
+    with launched(checkpoints.paths["qwen3", 0], 2, tmp_path_factory.mktemp("qwen3")) as these:
+        yield these
+
+
+@pytest.fixture(scope="session")
+def qwen2(checkpoints, tmp_path_factory):
+    """One real server."""
+    with launched(checkpoints.paths["qwen2", 0], 1, tmp_path_factory.mktemp("qwen2")) as these:
+        yield these
