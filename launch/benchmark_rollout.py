@@ -46,10 +46,10 @@ from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.rewards.graders import grade
 from open_agentrl_jax.rollout.scheduler import EventLoop, Scheduler
-from open_agentrl_jax.rollout.servers import LaunchedServers
+from open_agentrl_jax.rollout.servers import CPU_FLAGS, LaunchedServers
 from open_agentrl_jax.rollout.sglang import SGLangPool
 from open_agentrl_jax.sandbox.client import SandboxSpec, open_sandbox
-from open_agentrl_jax.train.publish import publish_weights, replayed_logprobs
+from open_agentrl_jax.train.publish import publish_weights, start_replay
 from open_agentrl_jax.types import Completion, Sampling, Task, Trajectory
 
 CALL = """<tool_call>
@@ -214,31 +214,40 @@ def flush(urls: Sequence[str]) -> None:
 
 
 def refit(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """New weights against a file of as many bytes."""
+    """New weights against a file of as many bytes; what the server itself takes to load them is shown apart."""
     params = jax.block_until_ready(qwen.init(REFIT, 0))
     rows = []
     loop = EventLoop()
     first = publish_weights(params, REFIT, folder / "weights", 0)
-    with LaunchedServers(first, options.servers, log_dir=folder, context_length=1024) as servers:
+    flags = [*CPU_FLAGS[: CPU_FLAGS.index("--dtype") + 1], options.dtype, *CPU_FLAGS[CPU_FLAGS.index("--dtype") + 2 :]]
+    with LaunchedServers(first, options.servers, log_dir=folder, context_length=1024, flags=flags) as servers:
         servers.wait()
-        pool = SGLangPool(
-            servers.urls,
-            vocab_size=REFIT.vocab_size,
-            replay=lambda ids: replayed_logprobs(params, REFIT, ids),
-        )
+        proof: list[Callable[[], np.ndarray]] = []
+        pool = SGLangPool(servers.urls, vocab_size=REFIT.vocab_size, replay=lambda ids: proof[-1]())
         loop.run(pool.open())
         for version in range(1, options.repeats + 2):
             params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.01, params))
             start = time.perf_counter()
+            proof.append(start_replay(params, REFIT, pool.probe))
             path = publish_weights(params, REFIT, folder / "weights", version)
             published = time.perf_counter()
             loop.run(pool.update_weights(str(path), version))
             done = time.perf_counter()
             count = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-            row = {"publish s": published - start, "load and proof s": done - published, "refit s": done - start}
-            row |= {"one write + one read s": write_and_read(folder / "file", count), "MB": count / 1e6}
+            inside = pool.metrics()
+            row = {
+                "publish s": published - start,
+                "server's load s": inside["rollout/server_load_seconds"],
+                "proof s": inside["rollout/proof_seconds"],
+                "refit s": done - start,
+                "one write + one read s": write_and_read(folder / "file", count),
+                "MB": count / 1e6,
+                "probe difference": inside["rollout/probe_difference"],
+            }
             if version > 1:  # the first compiles
-                rows.append(row | {"ratio": row["refit s"] / row["one write + one read s"]})
+                copy = row["one write + one read s"]
+                ours = row["refit s"] - row["server's load s"]
+                rows.append(row | {"ratio": row["refit s"] / copy, "ratio of ours": ours / copy})
                 show("refit", rows[-1])
         loop.run(pool.close())
     loop.close()
@@ -302,6 +311,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--concurrency", type=int, default=64, help="episodes at once")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="mean length of a turn")
+    parser.add_argument("--dtype", default="float32", help="refit: of the server; GPUs take bfloat16")
     parser.add_argument("--steps", type=int, default=8, help="overlap: RL steps of each run")
     parser.add_argument("--model", default="", help="overlap: a folder that the quickstart exported")
     parser.add_argument("--dir", default="/dev/shm", help="where weights are written: on one machine, a tmpfs")

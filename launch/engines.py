@@ -14,8 +14,9 @@ import numpy as np
 from launch.assemble import Policy
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.parallel import processes
-from open_agentrl_jax.rollout.engine import Engine
+from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.types import UserError
 
 
 @dataclasses.dataclass
@@ -74,17 +75,16 @@ def _followed(publish: Callable[[Any, int], Any]) -> Generation:
 def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
     from open_agentrl_jax.rollout.servers import LaunchedServers
     from open_agentrl_jax.rollout.sglang import SGLangPool
-    from open_agentrl_jax.train.publish import publish_weights, replayed_logprobs
+    from open_agentrl_jax.train.publish import publish_weights, start_replay
 
     rollout = config.rollout
     context = config.agent.max_prompt + config.agent.max_response
     root = Path(rollout.weights_dir or directory / "weights")
-    proof: dict[str, np.ndarray] = {}  # log-probs of the probe under the published weights; all processes compute them
+    proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
     def write(params: Any, version: int, probe: Sequence[int]) -> str:
-        path = publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path)
-        proof["logprobs"] = replayed_logprobs(params, policy.config, probe)
-        return str(path)
+        proof["logprobs"] = start_replay(params, policy.config, probe)  # by all processes
+        return str(publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path))
 
     weights = None
     if rollout.launch_servers:
@@ -108,14 +108,18 @@ def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) ->
         urls,
         vocab_size=policy.config.vocab_size,
         context_length=context,
-        replay=lambda ids: proof["logprobs"],
+        replay=lambda ids: proof["logprobs"](),
         deadline=rollout.deadline,
     )
     loop.run(pool.open())
     processes.share(pool.probe)
 
     def publish(params: Any, version: int) -> None:
-        loop.run(pool.update_weights(write(params, version, pool.probe), version))
+        path = write(params, version, pool.probe)
+        try:
+            loop.run(pool.update_weights(path, version))
+        except EngineError as error:  # without weights no episode can be played: the run ends, and can be continued
+            raise UserError(f"rollout.servers: none has the weights of step {version}: {error}") from error
 
     def close() -> None:
         loop.run(pool.close())

@@ -63,7 +63,7 @@ class Fleet:
         self.servers: list[Server] = []
         self.version: int | None = None  # None: weights as the servers started with
         self.path = ""
-        self._expected: np.ndarray | None = None
+        self._expected: asyncio.Task[np.ndarray] | None = None  # the probe's log-probs by the trainer
         self.updating = False
         self.counts: collections.Counter[str] = collections.Counter()
         self.gauges: dict[str, float] = {}
@@ -119,15 +119,18 @@ class Fleet:
         return []
 
     async def update(self, path: str, version: int) -> None:
-        """Pause, load, flush, continue, proof: on all servers at once. Those that are down follow when they return."""
+        """Pause, load, flush, continue, proof: on all servers at once. Those that are down follow when they return.
+
+        The trainer's side of the proof is computed meanwhile.
+        """
         self.open()
         self.updating, began = True, time.monotonic()
         try:
-            expected = None
-            if self._replay is not None:
-                expected = np.asarray(await asyncio.to_thread(self._replay, self.probe), np.float32)[1:]
-            self.version, self.path, self._expected = version, path, expected
+            self.version, self.path = version, path
+            self._expected = None if self._replay is None else self.spawn(asyncio.to_thread(self._replay, self.probe))
             waiting = {self.spawn(self._sync(s)) for s in self.servers if s.state != DOWN or not s.joined}
+            if self._expected is not None:
+                await self._expected
             while waiting:
                 some = any(server.state == READY and server.version == version for server in self.servers)
                 done, waiting = await asyncio.wait(
@@ -230,19 +233,27 @@ class Fleet:
             await server.resume()
             return
         server.epoch += 1
+        began = time.monotonic()
         await server.load(self.path, str(version), self._load_seconds)
-        _, tag = await server.look_up()
+        loaded = time.monotonic()
+        tag = await server.weights()
         if tag != str(version):
             raise Refused(f"it loaded weights {version} and says it has {tag!r}")
         if expected is not None:
             start = len(self.probe) // 2
-            difference = float(np.mean(np.abs(await server.score(self.probe, start) - expected[start:])))
-            self.gauges["probe_difference"] = difference
+            scored = await server.score(self.probe, start)
+            try:
+                wanted = (await asyncio.shield(expected))[start + 1 :]
+            except Exception as error:  # it is raised in `update` too
+                raise Refused(f"the trainer's own log-probs are not known: {error}") from None
+            difference = float(np.mean(np.abs(scored - wanted)))
+            self.gauges |= {"probe_difference": difference, "proof_seconds": time.monotonic() - loaded}
             if not difference <= self._tolerance:
                 raise Refused(
                     f"the log-probs of weights {version} differ from the trainer's by {difference:.3f} nats a token, "
                     f"{self._tolerance} are tolerated: the folder is not what the trainer published"
                 )
+        self.gauges["server_load_seconds"] = loaded - began
         server.version = version
 
     def _down(self, server: Server, reason: str) -> None:

@@ -155,12 +155,16 @@ class Server:
         Raises:
             ServerError: it does not answer.
         """
-        info = await self._get("model_info")
+        tag = await self.weights()
         condition = READY
         if await self._status("ready") == 503:  # 404: an older server, which cannot tell
             paused = await self._status("ping") == 200
             condition = PAUSED if paused else READY if await self.generates() else "starting"
-        return condition, str(info.get("weight_version"))
+        return condition, tag
+
+    async def weights(self) -> str:
+        """The version string of its weights."""
+        return str((await self._get("model_info")).get("weight_version"))
 
     async def generates(self) -> bool:
         """Whether tokens come out of it: it makes one itself, or has made some lately. Takes a second at least."""
