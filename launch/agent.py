@@ -1,4 +1,4 @@
-"""A trained model with its tool, ready to answer whoever asks: the terminal or the endpoint."""
+"""A trained model with its tools, ready to answer whoever asks: the terminal or the endpoint."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 from launch import assemble
+from launch.world import World, open_world
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.agent.streaming import Listener, reply
+from open_agentrl_jax.agent.streaming import Listener, reply, ungraded
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.rollout.local import LocalEngine
-from open_agentrl_jax.sandbox.client import Sandbox, open_sandbox
 from open_agentrl_jax.types import Message, Sampling, Trajectory, UserError
 
 
 @dataclasses.dataclass
 class Agent:
-    """A loaded model with its tool, ready to answer."""
+    """A loaded model with its tools, ready to answer."""
 
     config: Config
     chat: Chat
     engine: Engine
-    sandbox: Sandbox
+    world: World
     name: str
     _sessions: itertools.count = dataclasses.field(default_factory=itertools.count)
 
@@ -40,24 +38,26 @@ class Agent:
         Raises:
             UserError: the conversation is too long for the model.
         """
-        agent, sandbox = self.config.agent, self.config.sandbox
+        agent = self.config.agent
         length = len(self.chat.prompt(history))
         if length > agent.max_prompt:
             raise UserError(
                 f"the conversation has {length} tokens, agent.max_prompt is {agent.max_prompt}; begin anew (/reset)"
             )
-        tools: list[Any] = [PythonTool(self.sandbox, timeout=sandbox.timeout, memory_mb=sandbox.memory_mb)]
+        session = f"chat-{next(self._sessions)}"
+        environment = self.world.environment(
+            shorten=lambda text: self.chat.shorten(text, agent.max_tool_tokens), session=session, reward=ungraded
+        )
         budget = episode.Budget(agent.max_turns, min(max_tokens or agent.max_response, agent.max_response))
         return await reply(
             self.engine,
             self.chat,
-            tools,
+            environment,
             history,
             sampling,
             dataclasses.replace(budget, seconds=agent.seconds),
             listen,
-            session=f"chat-{next(self._sessions)}",
-            shorten=lambda text: self.chat.shorten(text, agent.max_tool_tokens),
+            session=session,
         )
 
 
@@ -107,7 +107,7 @@ def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int 
     engine = LocalEngine(
         policy.params, policy.config, slots=slots, max_length=config.agent.max_prompt + config.agent.max_response
     )
-    sandbox = open_sandbox(assemble.spec_of(config))
+    world = open_world(config)
     name = Path(hf.resolve(model)).absolute()
     name = f"{name.parent.name}/{name.name}" if name.name == "export" else name.name
-    return Agent(config, assemble.make_chat(config, policy), engine, sandbox, name), engine
+    return Agent(config, assemble.make_chat(config, policy, world.schemas), engine, world, name), engine

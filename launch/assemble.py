@@ -1,4 +1,4 @@
-"""Concrete parts out of a Config: the only place where engines, tools, graders and data meet."""
+"""Concrete parts out of a Config: model, chat, data, and who plays. What episodes play in is launch/world.py's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
+from launch.world import World, reader_of
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import Tool, ToolEnvironment
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.behaviour import BEHAVIOURS, Behaviour
 from open_agentrl_jax.config import Config, Packing, fingerprint, to_dict
@@ -26,11 +26,10 @@ from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
-from open_agentrl_jax.rewards.graders import grade
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.rollout.scheduler import EventLoop, Play, play_all
-from open_agentrl_jax.sandbox.client import Sandbox, SandboxSpec
+from open_agentrl_jax.sandbox.client import Sandbox
 from open_agentrl_jax.train.packing import Example
 from open_agentrl_jax.train.sft import example
 from open_agentrl_jax.types import Group, Sampling, Task, Trajectory, UserError
@@ -128,14 +127,6 @@ def create_model(config: Config, path: Path) -> None:
     hf.save_pretrained(path, model_config, params, dtype="float32", tokenizer_from=saved)
 
 
-def spec_of(config: Config) -> SandboxSpec:
-    """The sandbox that the config asks for."""
-    sandbox = config.sandbox
-    return SandboxSpec(
-        urls=tuple(sandbox.urls), max_active=sandbox.max_active, unsafe_no_isolation=sandbox.unsafe_no_isolation
-    )
-
-
 def seed_of(*parts: Any) -> int:
     """31 bits that depend on all parts and on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
@@ -166,25 +157,17 @@ class Player:
     config: Config
     engine: Engine
     chat: Chat
-    sandbox: Sandbox
+    world: World
     sampling: Sampling
     phase: str
-    tools: bool = True
 
     async def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
         """One episode; what it draws depends on seed, phase, position, sample and attempt alone."""
         config, agent = self.config, self.config.agent
         behaviour = BEHAVIOURS[config.behaviour]
         session = f"{self.phase}-{position}-{sample}-{attempt}"
-        tool: Tool = PythonTool(
-            self.sandbox, timeout=config.sandbox.timeout, memory_mb=config.sandbox.memory_mb, mode=behaviour.mode
-        )
-        environment = ToolEnvironment(
-            [tool] if self.tools else [],
-            functools.partial(grade, sandbox=self.sandbox, mode=behaviour.mode),
-            shorten=shortener(self.chat, agent.max_tool_tokens, behaviour),
-            session=session,
-            first_call_only=behaviour.first_call_only,
+        environment = self.world.environment(
+            shorten=shortener(self.chat, agent.max_tool_tokens, behaviour), session=session
         )
         trajectory = await episode.run(
             self.engine,
@@ -235,10 +218,9 @@ def shortener(chat: Chat, max_tokens: int, behaviour: Behaviour) -> Callable[[st
     return cut
 
 
-def make_chat(config: Config, policy: Policy, *, tools: bool = True) -> Chat:
-    """The tokenizer's template, with the tool."""
-    omit = BEHAVIOURS[config.behaviour].newline_omitted
-    return Chat(policy.tokenizer, [PythonTool.schema] if tools else [], omit_newline=omit)
+def make_chat(config: Config, policy: Policy, schemas: Sequence[dict[str, Any]]) -> Chat:
+    """The tokenizer's template, with the schemas of the tools (see World)."""
+    return Chat(policy.tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
 
 
 def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[list[Task], list[str]]:
@@ -248,7 +230,9 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
         # Held-out problems are the same for every seed, so that runs compare.
         tasks, notes = synthetic.problems(0 if evaluation else config.seed, count, evaluation=evaluation), []
     else:
-        table = read_problems(path, format=config.data.format, tools=bool(chat.tools))
+        # The prompts speak of a Python tool, and of no other: what else may be called its schema tells.
+        python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
+        table = read_problems(path, format=reader_of(config), tools=python)
         tasks, notes = list(table), []
         if table.skipped:
             notes.append(f"{path}: skipped {len(table.skipped)} rows, e.g. {table.skipped[0]}")

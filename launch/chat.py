@@ -119,7 +119,7 @@ def main() -> int:
         pass
     finally:
         engine.close()
-        loop.run(agent.sandbox.close())
+        loop.run(agent.world.close())
         loop.close()
     return 0
 

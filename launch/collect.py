@@ -20,6 +20,7 @@ from typing import Any
 
 from launch import assemble, command, players
 from launch.options import define, option
+from launch.world import open_world, reader_of
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import collection
@@ -27,7 +28,6 @@ from open_agentrl_jax.data.conversations import write_conversations
 from open_agentrl_jax.data.journal import Journal
 from open_agentrl_jax.data.stitched import NotStitchable, stitch
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Sampling, Task, UserError
 
@@ -67,7 +67,7 @@ def main(config: Config, options: Options) -> int:
         raise UserError(f"config {config.name!r}: data.train is empty; name the problems to collect on")
     output = Path(options.output or Path(config.directory) / "collected").absolute()
     output.mkdir(parents=True, exist_ok=True)
-    contaminated, against = collection.contamination(options.decontaminate, config.data.eval)
+    contaminated, against = collection.contamination(options.decontaminate, config.data.eval, reader_of(config))
     card: dict[str, Any] = {
         "title": f"{options.style} trajectories, {config.data.train}",
         "made": {
@@ -119,9 +119,9 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
         stack.callback(loop.close)
         journal = Journal(work.output, "journal", players.settings(config, model, sampling, "collect", url=url))
         stack.callback(journal.close)
-        sandbox = open_sandbox(assemble.spec_of(config))
-        stack.callback(lambda: loop.run(sandbox.close()))
-        wish = players.Wish(config, work.output, loop, sandbox, journal, sampling, "collect", model=model, url=url)
+        world = open_world(config)
+        stack.callback(lambda: loop.run(world.close()))
+        wish = players.Wish(config, work.output, loop, world, journal, sampling, "collect", model=model, url=url)
         teacher = players.TEACHERS[players.kind_of(config, url)](wish)
         stack.callback(teacher.close)
         tasks = choose(work, teacher.chat)
@@ -142,7 +142,7 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
             if reason := collection.refusal(trajectory):
                 counts[reason] += 1
             else:
-                samples.append(collection.sample_of(group.task, trajectory, number, [PythonTool.schema]))
+                samples.append(collection.sample_of(group.task, trajectory, number, teacher.chat.tools))
     work.card["problems"]["solved"] = sum(any(t.accuracy == 1 for t in group.trajectories) for group in groups)
     return samples, {"tries": len(tasks) * options.tries, **counts}
 

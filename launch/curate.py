@@ -19,6 +19,7 @@ from typing import Any
 
 from launch import assemble, command, players
 from launch.options import define, option
+from launch.world import open_world, reader_of
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import collection, curation
 from open_agentrl_jax.data.curation import PassRate
@@ -26,7 +27,6 @@ from open_agentrl_jax.data.journal import Journal, Play
 from open_agentrl_jax.data.picture import bars
 from open_agentrl_jax.data.prompts import write_tasks
 from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop
-from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Sampling, Task, UserError
 
@@ -90,7 +90,7 @@ def main(config: Config, options: Options) -> int:
     if not config.data.train:
         raise UserError(f"config {config.name!r}: data.train is empty; name the problems to choose from")
     target = parse_target(options.target)
-    contaminated, against = collection.contamination(options.decontaminate, config.data.eval)
+    contaminated, against = collection.contamination(options.decontaminate, config.data.eval, reader_of(config))
     output = Path(options.output or Path(config.directory) / "curated").absolute()
     model = options.model or str(Path(config.directory) / "export")
     sampling = Sampling(0, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
@@ -100,9 +100,9 @@ def main(config: Config, options: Options) -> int:
         stack.callback(loop.close)
         journal = Journal(output, "journal", players.settings(config, model, sampling, "curate"))
         stack.callback(journal.close)
-        sandbox = open_sandbox(assemble.spec_of(config))
-        stack.callback(lambda: loop.run(sandbox.close()))
-        policy = players.policy(players.Wish(config, output, loop, sandbox, journal, sampling, "curate", model=model))
+        world = open_world(config)
+        stack.callback(lambda: loop.run(world.close()))
+        policy = players.policy(players.Wish(config, output, loop, world, journal, sampling, "curate", model=model))
         stack.callback(policy.close)
         tasks, notes = assemble.problems(config, config.data.train, policy.chat, evaluation=False)
         read = tasks[: options.limit or None]

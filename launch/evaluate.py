@@ -20,12 +20,12 @@ from typing import Any
 
 from launch import assemble, command, players
 from launch.options import define, option
+from launch.world import open_world
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data.journal import Journal
 from open_agentrl_jax.evaluation.compare import accuracies, paired
 from open_agentrl_jax.evaluation.evaluate import livecodebench, per_problem, report
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Group, Sampling, UserError
 
@@ -35,7 +35,7 @@ class Options:
     """The flags of this command."""
 
     model: str = option("", "a Hugging Face folder; empty: <run_dir>/export")
-    tools: bool = option(True, "show the tool to the model and run its calls")
+    tools: bool = option(True, "show the tools to the model and run its calls")
     output: str = option("", "the JSON; empty: <run_dir>/evaluation.json")
     compare: str = option("", "the JSON of another run on the same problems")
 
@@ -56,12 +56,10 @@ def main(config: Config, options: Options) -> int:
         settings = players.settings(config, model, sampling, "evaluate", tools=options.tools)
         journal = Journal(output.parent / "journals", output.stem, settings)
         stack.callback(journal.close)
-        sandbox = open_sandbox(assemble.spec_of(config))
-        stack.callback(lambda: loop.run(sandbox.close()))
+        world = open_world(config, tools=options.tools)
+        stack.callback(lambda: loop.run(world.close()))
         player = players.policy(
-            players.Wish(
-                config, directory, loop, sandbox, journal, sampling, "evaluate", tools=options.tools, model=model
-            )
+            players.Wish(config, directory, loop, world, journal, sampling, "evaluate", model=model)
         )
         stack.callback(player.close)
         tasks, notes = assemble.problems(config, config.data.eval, player.chat, evaluation=True)

@@ -13,6 +13,7 @@ import jax
 
 from launch import assemble
 from launch.engines import Generation, open_generation
+from launch.world import World
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
@@ -21,7 +22,6 @@ from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.rollout.scheduler import EventLoop, Frontier, Scheduler
-from open_agentrl_jax.sandbox.client import Sandbox
 from open_agentrl_jax.telemetry.metrics import rollout_metrics
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.telemetry.writer import Writer
@@ -43,7 +43,7 @@ class Parts:
     policy: assemble.Policy
     chat: Chat
     loop: EventLoop
-    sandbox: Sandbox  # of the first process; the others have none
+    world: World  # of the first process; the others have none
     screen: Screen
     writer: Writer
     checkpoints: Checkpoints
@@ -127,7 +127,7 @@ def evaluator(parts: Parts, generation: Generation, held_out: Sequence[Task]) ->
     """What plays the held-out problems after a step, writes what came of it, and returns the accuracy."""
     config = parts.config
     sampling = Sampling(0, config.eval.temperature, config.eval.top_p)
-    player = assemble.Player(config, generation.evaluation, parts.chat, parts.sandbox, sampling, "eval")
+    player = assemble.Player(config, generation.evaluation, parts.chat, parts.world, sampling, "eval")
 
     def evaluate(step: int) -> float:
         groups = None
@@ -233,7 +233,7 @@ def scheduler(parts: Parts, generation: Generation, tasks: Sequence[Task], steps
     sampling = Sampling(0, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     return Scheduler(
         parts.loop,
-        assemble.Player(config, generation.engine, parts.chat, parts.sandbox, sampling, "rl"),
+        assemble.Player(config, generation.engine, parts.chat, parts.world, sampling, "rl"),
         task_stream(list(tasks), config.seed),
         prompts=rl.prompts,
         samples=rl.samples,

@@ -11,17 +11,14 @@ from typing import Any
 
 from launch import assemble
 from launch.engines import open_generation
+from launch.world import World
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import Tool, ToolEnvironment
-from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.data.endpoint import ChatEndpoint, Reply, converse
 from open_agentrl_jax.data.journal import Journal, Play, RememberingEngine, digest, key_of, remembered
 from open_agentrl_jax.models import hf
-from open_agentrl_jax.rewards.graders import grade
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.sandbox.client import Sandbox
 from open_agentrl_jax.types import Sampling, Task, ToolCall, Trajectory, UserError
 
 
@@ -32,11 +29,10 @@ class Wish:
     config: Config
     directory: Path  # scratch of engines
     loop: EventLoop
-    sandbox: Sandbox
+    world: World
     journal: Journal
     sampling: Sampling
     phase: str
-    tools: bool = True
     model: str = ""  # a folder or Hub id; of an endpoint the name it knows the model by
     url: str = ""  # of the endpoint
 
@@ -75,7 +71,7 @@ def policy(wish: Wish) -> Player:
     config = wish.config
     config.model.path = wish.model
     loaded = assemble.load_policy(config, wish.directory)
-    chat = assemble.make_chat(config, loaded, tools=wish.tools)
+    chat = assemble.make_chat(config, loaded, wish.world.schemas)
     generation = open_generation(config, loaded, wish.loop, wish.directory)
     try:
         generation.publish(loaded.params, 0)
@@ -85,7 +81,7 @@ def policy(wish: Wish) -> Player:
     engine = (
         RememberingEngine(generation.evaluation, wish.journal) if wish.phase == "collect" else generation.evaluation
     )
-    play = assemble.Player(config, engine, chat, wish.sandbox, wish.sampling, wish.phase, tools=wish.tools)
+    play = assemble.Player(config, engine, chat, wish.world, wish.sampling, wish.phase)
     calls = (lambda: {"calls": engine.calls}) if isinstance(engine, RememberingEngine) else dict
     return Player(remembered(play, wish.journal), chat, generation.concurrency, calls, generation.close)
 
@@ -102,7 +98,7 @@ def servers(wish: Wish) -> Player:
         tokenizer, shape = (of.from_pretrained(wish.model) for of in (AutoTokenizer, AutoConfig))
     except Exception as error:
         raise UserError(f"--teacher={wish.model}: {' '.join(str(error).split())[:300]}") from error
-    chat = Chat(tokenizer, [PythonTool.schema] if wish.tools else [])
+    chat = Chat(tokenizer, wish.world.schemas)
     context = config.agent.max_prompt + config.agent.max_response
     urls, launched = tuple(rollout.servers), None
     if rollout.launch_servers:
@@ -124,7 +120,7 @@ def servers(wish: Wish) -> Player:
 
     wish.loop.run(pool.open())
     engine = RememberingEngine(pool.for_evaluation(), wish.journal)
-    play = assemble.Player(config, engine, chat, wish.sandbox, wish.sampling, wish.phase, tools=wish.tools)
+    play = assemble.Player(config, engine, chat, wish.world, wish.sampling, wish.phase)
     concurrency = rollout.concurrency or 256 * len(urls)
     return Player(remembered(play, wish.journal), chat, concurrency, lambda: {"calls": engine.calls}, close)
 
@@ -162,8 +158,8 @@ def endpoint(wish: Wish) -> Player:
     client = ChatEndpoint(
         wish.url, wish.model, key=os.environ.get("OPENAI_API_KEY", ""), timeout=config.rollout.deadline
     )
-    tools = [PythonTool.schema] if wish.tools else []
-    tool: Tool = PythonTool(wish.sandbox, timeout=config.sandbox.timeout, memory_mb=config.sandbox.memory_mb)
+    tools = wish.world.schemas
+    shorten = functools.partial(_shorten, characters=CHARACTERS * config.agent.max_tool_tokens)
     budget = episode.Budget(config.agent.max_turns, config.agent.max_response, config.agent.seconds)
 
     async def play(task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
@@ -175,11 +171,7 @@ def endpoint(wish: Wish) -> Player:
             wish.journal.put(key, dataclasses.asdict(reply))
             return reply
 
-        environment = ToolEnvironment(
-            [tool] if wish.tools else [],
-            functools.partial(grade, sandbox=wish.sandbox),
-            shorten=functools.partial(_shorten, characters=CHARACTERS * config.agent.max_tool_tokens),
-        )
+        environment = wish.world.environment(shorten=shorten)
         seed = assemble.seed_of(config.seed, wish.phase, task.id, sample, attempt)
         return await converse(ask, environment, task, dataclasses.replace(wish.sampling, seed=seed), budget)
 

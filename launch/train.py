@@ -22,6 +22,7 @@ import jax
 
 from launch import assemble, command
 from launch.phases import Parts, run_rl, run_sft
+from launch.world import World, open_world
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, to_dict
 from open_agentrl_jax.models import hf
@@ -29,7 +30,6 @@ from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
 from open_agentrl_jax.parallel.sharding import shardings
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.sandbox.client import Sandbox, open_sandbox
 from open_agentrl_jax.telemetry.report import write_report
 from open_agentrl_jax.telemetry.screen import Screen, curve
 from open_agentrl_jax.telemetry.writer import Silent, Writer
@@ -74,13 +74,13 @@ def main(config: Config) -> int:
     with Screen(quiet=not processes.first()) as screen:
         screen.say(f"run {config.name}: {directory}")
         policy = assemble.load_policy(config, directory)
-        chat = assemble.make_chat(config, policy)
-        sandbox: Any = open_sandbox(assemble.spec_of(config)) if processes.first() else None
+        world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(
             directory / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )
         try:
-            tasks, held_out, conversations = load_data(config, directory, chat, sandbox, loop, screen)
+            chat = assemble.make_chat(config, policy, processes.share(world.schemas if world else []))
+            tasks, held_out, conversations = load_data(config, directory, chat, world, loop, screen)
             sft_steps, rl_steps = updates_of(config, len(conversations), len(tasks))
             rl_updates = rl_steps * config.rl.mini_batches
             restored = checkpoints.restore(
@@ -93,7 +93,7 @@ def main(config: Config) -> int:
             if restored:
                 screen.say(f"resumed: {progress.phase} step {progress.step} is done")
             writer = open_writer(config, directory, progress) if processes.first() else Silent()
-            parts = Parts(config, directory, policy, chat, loop, sandbox, screen, writer, checkpoints, stopper)
+            parts = Parts(config, directory, policy, chat, loop, world, screen, writer, checkpoints, stopper)
             try:
                 if progress.phase == "sft":
                     state = run_sft(parts, conversations, sft_steps, state, progress)
@@ -111,8 +111,8 @@ def main(config: Config) -> int:
                 closing(parts, time.monotonic() - started)
         finally:
             checkpoints.close()
-            if sandbox is not None:
-                loop.run(sandbox.close())
+            if world is not None:
+                loop.run(world.close())
             loop.close()
     return 0
 
@@ -128,12 +128,13 @@ def open_writer(config: Config, directory: Path, progress: Progress) -> Writer:
     )
 
 
-def load_data(config: Config, directory: Path, chat: Chat, sandbox: Sandbox, loop: EventLoop, screen: Screen):
+def load_data(config: Config, directory: Path, chat: Chat, world: World | None, loop: EventLoop, screen: Screen):
     """Problems to train on, held-out problems and SFT conversations, as far as the config names them."""
     tasks: list[Task] = []
     held_out: list[Task] = []
     conversations: list[Any] = []
     if config.data.sft and (config.sft.steps or config.sft.epochs):
+        sandbox: Any = world and world.sandbox
         conversations = processes.first_then_all(lambda: assemble.demonstrations(config, directory, sandbox, loop.run))
     if config.data.train and (config.rl.steps or config.rl.epochs):
         tasks, notes = assemble.problems(config, config.data.train, chat, evaluation=False)

@@ -7,6 +7,7 @@ field types.)
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 
@@ -46,7 +47,7 @@ class Data:
     train: str = ""  # "arithmetic" (generated) or a jsonl / parquet file
     eval: str = ""  # the same, for the held-out problems; empty: no evaluation
     sft: str = ""  # conversations: "arithmetic", or a jsonl / parquet file with `messages`
-    format: str = "auto"  # a name of data.prompts' table of row formats
+    format: str = "auto"  # a name of data.prompts' table of row formats, or "module:function" from a row to a Problem
     eval_limit: int = 0  # 0: all
 
 
@@ -122,8 +123,11 @@ class Packing:
 
 @dataclasses.dataclass
 class Agent:
-    """Budgets of an episode."""
+    """What the model may call, and the budgets of an episode."""
 
+    tools: tuple = ("python",)  # "python" | "mcp:COMMAND" (a stdio MCP server) | "module:factory" (makes a Tool)
+    environment: str = ""  # "module:factory" of an Environment; empty: `tools` and the grader (ToolEnvironment)
+    call_seconds: float = 60.0  # of one call of an MCP tool; Python's are sandbox.timeout
     max_turns: int = 16  # assistant turns
     max_prompt: int = 2560  # tool schemas included; longer prompts are dropped and counted
     max_response: int = 20480  # all after the prompt, tool tokens included
@@ -135,6 +139,7 @@ class Agent:
 class Reward:
     """Grading and shaping."""
 
+    grader: str = ""  # "module:function" of (task, text) -> Score; empty: by the problem's kind (rewards/graders.py)
     turn_bonus: str = "off"  # "off" | "paper" | "reference"
     overlong_buffer: int = 4096  # 0: off
     overlong_factor: float = 1.0
@@ -260,9 +265,13 @@ AT_LEAST = {
     0: """
         seed sft.steps sft.epochs sft.optim.lr rl.steps rl.epochs rl.optim.lr rl.max_staleness rl.logprob_tolerance
         rl.loss.clip_low rl.loss.clip_high rl.loss.dual_clip reward.overlong_buffer rollout.top_k rollout.temperature
-        packing.rows rollout.launch_servers eval.every eval.temperature
+        packing.rows rollout.launch_servers eval.every eval.temperature agent.call_seconds
     """,
 }
+
+
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # "module:attribute"
+TOOL = re.compile(rf"python|mcp:\s*\S.*|{NAME.pattern}")
 
 
 def lookup(config: Any, field: str) -> Any:
@@ -289,7 +298,16 @@ def validate(config: Config) -> list[str]:
         return problems
     rl, sft = config.rl, config.sft
     trains_rl, trains_sft = rl.steps or rl.epochs, sft.steps or sft.epochs
+    named = {field: lookup(config, field) for field in ("agent.environment", "reward.grader")}
     rules = [
+        (
+            isinstance(config.agent.tools, str) or not all(TOOL.fullmatch(str(tool)) for tool in config.agent.tools),
+            f"agent.tools is {config.agent.tools!r}; give a tuple of 'python', 'mcp:COMMAND' and 'module:factory'",
+        ),
+        *(
+            (name and not NAME.fullmatch(name), f"{field} is {name!r}; write 'module:name', or leave it empty")
+            for field, name in named.items()
+        ),
         (
             rl.prompts % rl.mini_batches,
             f"rl.prompts={rl.prompts} does not divide by rl.mini_batches={rl.mini_batches}; choose a divisor of it",

@@ -14,7 +14,7 @@ import numpy as np
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import Environment, Step, Tool, ToolEnvironment
+from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.types import Completion, Message, Sampling, Score, Task, Trajectory
 
@@ -100,39 +100,37 @@ def spoken(text: str, *, ended: bool) -> str:
     return text
 
 
+async def ungraded(task: Task, text: str) -> Score:
+    """The reward where nobody asks for one."""
+    return Score(0.0, 0.0)
+
+
 async def reply(
     engine: Engine,
     chat: Chat,
-    tools: Sequence[Tool],
+    environment: Environment,
     history: Sequence[Message],
     sampling: Sampling,
     budget: episode.Budget,
     listen: Listener,
     *,
     session: str,
-    shorten: Callable[[str], str] = str,
 ) -> Trajectory:
     """The agent's answer to a conversation: as many turns and tool calls as it takes.
 
     Args:
         engine: continues token sequences.
-        chat: template and parser; it shows `tools`.
-        tools: what may be called.
+        chat: template and parser; it shows the tools of `environment`.
+        environment: runs the calls; `ungraded`, say.
         history: the conversation so far; the last message is the user's.
         sampling: temperature, top-p, seed.
         budget: limits of the answer.
         listen: told each piece as it comes.
-        session: names the answer to engine and tools.
-        shorten: cuts a tool's output to its budget.
+        session: names the answer to the engine.
 
     Returns:
         The trajectory; what it `said` is to be added to the history.
     """
-
-    async def ungraded(task: Task, text: str) -> Score:
-        return Score(0.0, 0.0)
-
-    environment = ToolEnvironment(tools, ungraded, shorten=shorten, session=session)
     watched = Watched(engine, environment, chat, listen)
     task = Task(session, list(history), None)
     return await episode.run(watched, watched, chat, task, sampling, budget, session=session)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from open_agentrl_jax.data.prompts import TaskTable, read_tasks
+from open_agentrl_jax.data.prompts import Reader, TaskTable, read_tasks
 from open_agentrl_jax.types import Task, UserError
 
 
@@ -38,7 +38,7 @@ BENCHMARKS = {
 }
 
 
-def read_problems(path: str, *, format: str = "auto", tools: bool = True) -> TaskTable:
+def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = True) -> TaskTable:
     """Reads the problems of a named set, or of a path.
 
     Args:

@@ -20,6 +20,7 @@ from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation
 from open_agentrl_jax.data.curation import quotas
+from open_agentrl_jax.data.prompts import Reader
 from open_agentrl_jax.types import Message, Task, Trajectory
 
 NGRAM = 13  # words in a row that make two texts the same, as GPT-3 and its successors count it
@@ -94,20 +95,21 @@ class Contamination:
         return tuple(said) in self._short or not self._grams.isdisjoint(_grams(said))
 
 
-def contamination(names: str, evaluation: str) -> tuple[Contamination, list[str]]:
+def contamination(names: str, evaluation: str, format: str | Reader = "auto") -> tuple[Contamination, list[str]]:
     """What the problems of some evaluation sets contaminate, and the names of the sets.
 
     Args:
         names: names or paths, as data.benchmarks.read_problems takes them, with commas; "data.eval" is `evaluation`.
         evaluation: the config's held-out problems; may be empty, or "arithmetic".
+        format: of `evaluation`, as data.prompts.read_tasks takes it; other sets are read row by row.
     """
     sets = [evaluation if name == "data.eval" else name for name in names.split(",")]
     sets = [name for name in sets if name]
 
     def texts(name: str) -> Iterable[str]:
-        made = name == "arithmetic"
-        tasks = synthetic.problems(0, synthetic.EVAL_PROBLEMS, evaluation=True) if made else read_problems(name)
-        return map(problem_of, tasks)
+        if name == "arithmetic":
+            return map(problem_of, synthetic.problems(0, synthetic.EVAL_PROBLEMS, evaluation=True))
+        return map(problem_of, read_problems(name, format=format if name == evaluation else "auto"))
 
     return Contamination(text for name in sets for text in texts(name)), sets
 

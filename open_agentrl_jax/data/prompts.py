@@ -99,14 +99,17 @@ class Problem:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+Reader = Callable[[dict[str, Any]], Problem]  # of one row, its column names in lower case; BadRow for an unusable one
+
+
 def read_tasks(
-    path: str | os.PathLike[str], *, format: str = "auto", tools: bool = True, source: str = ""
+    path: str | os.PathLike[str], *, format: str | Reader = "auto", tools: bool = True, source: str = ""
 ) -> TaskTable:
     """Reads the problems of a file, a folder or a Hub data set.
 
     Args:
         path: jsonl, json or parquet; rows of several sources may be mixed in one file.
-        format: "auto" reads each row by its own columns; a name of FORMATS reads all rows that way.
+        format: "auto" reads each row by its own columns; a name of FORMATS, or a reader, reads all rows that way.
         tools: False leaves the sentence about the tool out of the prompts (tool-free evaluation).
         source: of rows that name none; empty: the name of their file.
 
@@ -117,13 +120,14 @@ def read_tasks(
     Raises:
         UserError: nothing there, a damaged file, an unknown format, no usable row, more than 1 % bad rows.
     """
-    if format != "auto" and format not in FORMATS:
-        raise UserError(f"data format {format!r} is unknown; use auto or one of {', '.join(FORMATS)}")
+    if format != "auto" and isinstance(format, str) and format not in FORMATS:
+        raise UserError(f"data format {format!r} is unknown; use auto, one of {', '.join(FORMATS)}, or module:function")
+    fixed = FORMATS.get(format) if isinstance(format, str) else format
     seen: set[str] = set()
 
     def convert(row: dict[str, Any], file: Path, number: int) -> Task:
         columns = {str(k).lower().strip(): v for k, v in row.items()}
-        problem = (FORMATS[format] if format != "auto" else _detect(columns))(columns)
+        problem = (fixed or _detect(columns))(columns)
         origin = problem.source or source or file.stem
         name = problem.family or family(origin, str(columns.get("ability") or ""))
         template = TEMPLATES[name]
@@ -294,7 +298,7 @@ def _livecodebench(row: dict[str, Any]) -> Problem:
     return Problem(text, answer, "livecodebench", "code", _text(row.get("question_id")), extra=extra)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any]], Problem]] = {
+FORMATS: dict[str, Reader] = {
     "verl": _verl,
     "livecodebench": _livecodebench,
     "gpqa": _gpqa,
@@ -311,7 +315,7 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
 )
 
 
-def _detect(row: dict[str, Any]) -> Callable[[dict[str, Any]], Problem]:
+def _detect(row: dict[str, Any]) -> Reader:
     for name, fits in _COLUMNS:
         if fits(row):
             return FORMATS[name]

@@ -5,9 +5,9 @@ import pytest
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import ToolResult
+from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.agent.streaming import PIECE, Event, reply, spoken
+from open_agentrl_jax.agent.streaming import PIECE, Event, reply, spoken, ungraded
 from open_agentrl_jax.types import Completion, Message, Sampling
 
 CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(3 * 4)"}}\n</tool_call>'
@@ -64,7 +64,8 @@ async def watch(chat, *texts, budget=None):
     engine = Continuing(chat, *texts)
     history = [Message("user", "Ada has 3 packs of 4 cards. How many?")]
     budget = budget or episode.Budget(4, 400)
-    played = await reply(engine, chat, [Interpreter()], history, Sampling(0), budget, listen, session="s")
+    world = ToolEnvironment([Interpreter()], ungraded)
+    played = await reply(engine, chat, world, history, Sampling(0), budget, listen, session="s")
     return played, played.said, events, engine
 
 

@@ -11,11 +11,11 @@ from aiohttp import web
 
 from launch import assemble, chat_server
 from launch.agent import Agent, open_agent
+from launch.world import open_world
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import Config, NewModel, to_dict
 from open_agentrl_jax.data import synthetic
-from open_agentrl_jax.sandbox.client import SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError
 
 from ..agent.test_streaming import CALL, Continuing
@@ -125,9 +125,10 @@ async def test_mistakes_are_told(export):
 async def test_tool_calls_run_in_the_sandbox_and_are_shown():
     chat = Chat(synthetic.train_tokenizer(synthetic.corpus(0, 300)), [PythonTool.schema])
     config = Config()
-    sandbox = open_sandbox(SandboxSpec(max_active=2))
+    config.sandbox.max_active = 2
+    world = open_world(config)
     turns = [f"I compute it.\n{CALL}", "The answer is 12."]
-    agent = Agent(config, chat, Continuing(chat, *turns, *turns), sandbox, "scripted")
+    agent = Agent(config, chat, Continuing(chat, *turns, *turns), world, "scripted")
     spec = chat_server.Spec("127.0.0.1", 0, "secret", 1.0)
     runner = web.AppRunner(chat_server.make_app(agent, spec))
     await runner.setup()
@@ -142,7 +143,7 @@ async def test_tool_calls_run_in_the_sandbox_and_are_shown():
             streamed = events(await client.post(url, json={**body, "stream": True}))
     finally:
         await runner.cleanup()
-        await sandbox.close()
+        await world.close()
     text = whole["choices"][0]["message"]["content"]
     assert text == "I compute it.\n\n```python\nprint(3 * 4)\n```\n```output\n12\n```\nThe answer is 12."
     assert [message["role"] for message in whole["agent"]["messages"]] == ["assistant", "tool", "assistant"]

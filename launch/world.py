@@ -1,0 +1,136 @@
+"""What the episodes of a run play in: sandbox, tools, grader and environment, by the names that the config gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from open_agentrl_jax.agent.environment import Environment, Reward, Tool, ToolEnvironment
+from open_agentrl_jax.agent.python_tool import PythonTool
+from open_agentrl_jax.behaviour import BEHAVIOURS
+from open_agentrl_jax.config import NAME, Config
+from open_agentrl_jax.data.prompts import Reader
+from open_agentrl_jax.rewards.graders import grade
+from open_agentrl_jax.sandbox.client import Sandbox, SandboxSpec, open_sandbox
+from open_agentrl_jax.types import UserError
+
+
+@dataclasses.dataclass
+class World:
+    """Opened once a run; each episode makes an environment of its own in it."""
+
+    sandbox: Sandbox
+    tools: list[Tool]
+    reward: Reward
+    make: Callable[..., Environment]
+    schemas: list[dict[str, Any]]  # what the chat template shows
+
+    def environment(
+        self, *, shorten: Callable[[str], str], session: str = "", reward: Reward | None = None
+    ) -> Environment:
+        """One episode's environment; `reward` in place of the run's, where nothing is graded."""
+        return self.make(self.tools, reward or self.reward, shorten=shorten, session=session)
+
+    async def close(self) -> None:
+        """Ends what tools, environment and sandbox hold."""
+        for part in (*self.tools, self.make, self.sandbox):
+            if (close := getattr(part, "close", None)) is not None:
+                await close()
+
+
+def open_world(config: Config, *, tools: bool = True) -> World:
+    """Opens the sandbox and what `agent.tools`, `agent.environment` and `reward.grader` name.
+
+    Args:
+        config: names and limits.
+        tools: False opens none (tool-free evaluation).
+
+    Raises:
+        UserError: nothing isolates here, a name leads nowhere, an MCP server does not start, two tools have one name.
+    """
+    behaviour = BEHAVIOURS[config.behaviour]
+    if config.agent.environment:
+        make = load("agent.environment", config.agent.environment)
+    else:
+        make = functools.partial(ToolEnvironment, first_call_only=behaviour.first_call_only)
+    own = load("reward.grader", config.reward.grader) if config.reward.grader else None
+    sandbox = open_sandbox(spec_of(config))
+    opened: list[Tool] = []
+    try:
+        for name in config.agent.tools if tools else ():
+            opened += open_tools(config, name, sandbox)
+            _check(opened, name)
+        reward = own or functools.partial(grade, sandbox=sandbox, mode=behaviour.mode)
+        world = World(sandbox, opened, reward, make, [])
+        world.schemas = list(world.environment(shorten=str).tools) if tools else []
+        return world
+    except BaseException:
+        for part in (*opened, sandbox):
+            if (stop := getattr(part, "stop", None)) is not None:
+                stop()
+        raise
+
+
+def open_tools(config: Config, name: str, sandbox: Sandbox) -> list[Tool]:
+    """The tools behind one entry of `agent.tools`."""
+    if name == "python":
+        limits = {"timeout": config.sandbox.timeout, "memory_mb": config.sandbox.memory_mb}
+        return [PythonTool(sandbox, mode=BEHAVIOURS[config.behaviour].mode, **limits)]
+    if name.startswith("mcp:"):
+        from open_agentrl_jax.agent.mcp_tool import open_server
+
+        return list(open_server(name.removeprefix("mcp:"), deadline=config.agent.call_seconds))
+    return [load("agent.tools", name)()]
+
+
+def reader_of(config: Config) -> str | Reader:
+    """`data.format`: a name of the table, or the function it names."""
+    return load("data.format", config.data.format) if ":" in config.data.format else config.data.format
+
+
+def spec_of(config: Config) -> SandboxSpec:
+    """The sandbox that the config asks for."""
+    sandbox = config.sandbox
+    return SandboxSpec(
+        urls=tuple(sandbox.urls), max_active=sandbox.max_active, unsafe_no_isolation=sandbox.unsafe_no_isolation
+    )
+
+
+def load(field: str, name: str) -> Any:
+    """What "module:attribute" names.
+
+    Args:
+        field: of the config, for the message.
+        name: a module of this folder or an installed one, and something of it that can be called.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"{field}={name}: write 'module:name', e.g. 'mine:make' of a mine.py beside you")
+    module, _, attribute = name.partition(":")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:  # the module is the user's code: whatever it raises is told in one line
+        text = " ".join(str(error).split())
+        cure = "the module must lie in the folder the command is run from, or be installed"
+        raise UserError(f"{field}={name}: {type(error).__name__}: {text}; {cure}") from error
+    if not callable(found):
+        raise UserError(f"{field}={name}: is a {type(found).__name__}; name a function or a class")
+    return found
+
+
+def _check(tools: list[Tool], name: str) -> None:
+    """The newest tools are such, and have names of their own."""
+    for tool in tools:
+        if not (callable(tool) and isinstance(getattr(tool, "schema", None), dict) and hasattr(tool, "name")):
+            kind = type(tool).__name__
+            raise UserError(f"agent.tools={name}: made a {kind}; a tool has a name and a schema, and can be called")
+        if tool.schema.get("function", {}).get("name") != tool.name:
+            raise UserError(f"agent.tools={name}: the schema of {tool.name!r} shows another name; make them equal")
+    names = [tool.name for tool in tools]
+    for twin in {tool for tool in names if names.count(tool) > 1}:
+        raise UserError(f"agent.tools={name}: there are two tools called {twin!r}; leave one out, or rename it")
