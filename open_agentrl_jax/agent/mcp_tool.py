@@ -43,8 +43,12 @@ class Server(Background):
 
     async def call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
         """One call, to its end or to the deadline."""
-        import mcp
-        from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, METHOD_NOT_FOUND
+        import mcp  # pyright: ignore[reportMissingImports]
+        from mcp.types import (  # pyright: ignore[reportMissingImports]
+            CONNECTION_CLOSED,
+            INVALID_PARAMS,
+            METHOD_NOT_FOUND,
+        )
 
         try:
             client = await self._connected()
@@ -74,7 +78,7 @@ class Server(Background):
 
     async def _hold(self, ready: asyncio.Future[Any]) -> None:
         """Keeps the connection open until it is cancelled: it must be closed by the task that opened it."""
-        from mcp import Client, StdioServerParameters, stdio_client
+        from mcp import Client, StdioServerParameters, stdio_client  # pyright: ignore[reportMissingImports]
 
         try:
             program, *arguments = shlex.split(self.command)
@@ -135,7 +139,7 @@ def open_server(command: str, *, deadline: float = 60.0) -> list[MCPTool]:
         UserError: the client is not installed, the server does not start, or has no tool.
     """
     try:
-        import mcp  # noqa: F401
+        import mcp  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"agent.tools=mcp:{command}: the MCP client is missing: pip install 'open_agentrl_jax[mcp]'"

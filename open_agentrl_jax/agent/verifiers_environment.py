@@ -163,7 +163,7 @@ class _Toolset:
     """The tools of a toolset, called in this process."""
 
     def __init__(self, toolset: Any):
-        from mcp.server.mcpserver import MCPServer
+        from mcp.server.mcpserver import MCPServer  # pyright: ignore[reportMissingImports]
 
         name = type(toolset).__name__
         if _verifiers("state").state_cls(type(toolset)) is not _verifiers().State:
