@@ -228,8 +228,8 @@ def refit(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
         for version in range(1, options.repeats + 2):
             params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.01, params))
             start = time.perf_counter()
-            proof.append(start_replay(params, REFIT, pool.probe))
             path = publish_weights(params, REFIT, folder / "weights", version)
+            proof.append(start_replay(params, REFIT, pool.probe))
             published = time.perf_counter()
             loop.run(pool.update_weights(str(path), version))
             done = time.perf_counter()

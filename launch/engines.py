@@ -83,8 +83,9 @@ def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) ->
     proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
     def write(params: Any, version: int, probe: Sequence[int]) -> str:
-        proof["logprobs"] = start_replay(params, policy.config, probe)  # by all processes
-        return str(publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path))
+        path = publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path)
+        proof["logprobs"] = start_replay(params, policy.config, probe)  # by all processes; goes on while servers load
+        return str(path)
 
     weights = None
     if rollout.launch_servers:

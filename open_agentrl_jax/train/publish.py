@@ -77,7 +77,7 @@ def publish_weights(
     target = version_path(root, version)
     temporary = target.with_name(f".{target.name}.tmp")
     me, processes = _process()
-    files = _plan(model_config, frozen)
+    files = _plan(params, frozen)
     with _reported(target):
         if me == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -173,9 +173,9 @@ def _any_process(condition: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([condition]))))
 
 
-def _plan(config: ModelConfig, frozen: Collection[str]) -> dict[str, list[hf.Tensor]]:
+def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[hf.Tensor]]:
     """File name -> its tensors. Files hold about a gigabyte, and either frozen or trained parameters."""
-    leaves = jax.tree_util.tree_leaves_with_path(qwen.abstract_params(config))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [tensor for path, leaf in leaves for tensor in hf.tensors_of(sharding.path_name(path), leaf.shape)]
     if unknown := set(frozen) - {tensor.path for tensor in tensors}:
         raise UserError(f"frozen: {', '.join(sorted(unknown))}: no such parameter; they are called like 'layers/q'")
@@ -194,28 +194,38 @@ def _plan(config: ModelConfig, frozen: Collection[str]) -> dict[str, list[hf.Ten
 def _fetched_ahead(
     params: qwen.Params, tensors: list[hf.Tensor], stages: Sequence[ThreadPoolExecutor]
 ) -> Iterator[np.ndarray]:
-    """The tensors as files hold them. While one is used, the next is turned, and the one after fetched.
+    """The tensors as files hold them, each valid until the next is asked for.
 
-    One thread fetches, in the same order in every process: fetching may be a collective.
+    While one is used, the next is turned, and the one after fetched. One thread fetches, in the same order in every
+    process: fetching may be a collective.
     """
     fetch, turn = stages
-    coming: collections.deque[Future] = collections.deque()
+    coming: collections.deque[tuple[Future, bool]] = collections.deque()
+    free: collections.deque[np.ndarray] = collections.deque()
+
+    def turned(fetched: Future) -> np.ndarray:
+        """The transpose, by strips as wide as a cache line and in pages that are there already: each saves a third."""
+        array = fetched.result().view(np.uint16)
+        memory = free.popleft() if free else np.empty(max(tensor.size for tensor in tensors), np.uint16)
+        result = memory[: array.size].reshape(array.shape[::-1])
+        for start in range(0, len(array), 32):
+            result[:, start : start + 32] = array[start : start + 32].T
+        return result
+
+    def taken() -> Iterator[np.ndarray]:
+        future, is_turned = coming.popleft()
+        array = future.result()
+        yield array
+        if is_turned:
+            free.append(array.base)
+
     for tensor in tensors:
-        fetched = fetch.submit(hf.fetch, params, tensor, _DTYPE)
-        coming.append(turn.submit(_turned, fetched) if hf.TABLE[tensor.path].transposed else fetched)
+        fetched, is_turned = fetch.submit(hf.fetch, params, tensor, _DTYPE), hf.TABLE[tensor.path].transposed
+        coming.append((turn.submit(turned, fetched) if is_turned else fetched, is_turned))
         if len(coming) > _AHEAD:
-            yield coming.popleft().result()
+            yield from taken()
     while coming:
-        yield coming.popleft().result()
-
-
-def _turned(fetched: Future) -> np.ndarray:
-    """The transpose in memory, by strips as wide as a cache line: a quarter of the time that plain numpy takes."""
-    array = fetched.result().view(np.uint16)
-    turned = np.empty(array.shape[::-1], array.dtype)
-    for start in range(0, len(array), 32):
-        turned[:, start : start + 32] = array[start : start + 32].T
-    return turned
+        yield from taken()
 
 
 def _write(path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[np.ndarray]) -> None:
