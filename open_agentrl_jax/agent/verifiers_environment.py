@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,10 @@ from typing import Any
 
 from open_agentrl_jax.agent.environment import Reward, Step, Tool, ToolEnvironment, ToolResult
 from open_agentrl_jax.agent.mcp_tool import schema_of, told_result
+from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.types import Message, Score, Task, ToolCall, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def problems(tasks: Iterable[Any]) -> list[Task]:
@@ -79,14 +83,14 @@ class Verifiers:
         """One episode's environment."""
         return Played(self, tools, shorten, session, [*(tool.schema for tool in tools), *self._told])
 
-    async def toolsets(self, task: Any) -> list[_Toolset]:
-        """Those of all tasks, set up once, and those of this task."""
+    async def toolsets(self, task: Any | None) -> list[_Toolset]:
+        """Those of all tasks, set up once, and those of this task, if there is one."""
         async with self._starting:
             if not self._started:
                 for toolset in self._shared:
                     await toolset.toolset.setup()
                 self._started = True
-        own = self._own(task)
+        own = self._own(task) if task is not None else []
         for toolset in own:
             await toolset.toolset.setup()
             await toolset.toolset.setup_task(task.data)
@@ -102,31 +106,42 @@ class Played:
         self._runtime: Any = None
 
     async def reset(self, task: Task) -> list[Message]:
-        """The problem's messages, once the task's own setup is done.
+        """The problem's messages, once the task's own setup is done; a chat, which has no answer, has no task either.
 
         Raises:
             UserError: the taskset has no such task.
         """
-        vf = _verifiers()
-        if task.answer not in self._maker.tasks:
+        if task.answer is not None and task.answer not in self._maker.tasks:
             raise UserError(f"problem {task.id}: is none of the taskset's; make data.train with `problems` of the same")
-        self._task = chosen = self._maker.tasks[task.answer]
+        chosen: Any = None if task.answer is None else self._maker.tasks[task.answer]
+        self._task: Any = chosen
+        if chosen is not None:
+            await self._begin(chosen)
+        toolsets = await self._maker.toolsets(chosen)
+        tools = [*self._given, *[tool for toolset in toolsets for tool in await toolset.tools()]]
+        self._inner = ToolEnvironment(tools, _unasked, shorten=self._shorten, session=self._session)
+        self._vf_tools = [_verifiers("types").Tool(**schema["function"]) for schema in self.tools]
+        self._said: list[Any] = [_theirs(message) for message in task.messages] if chosen is not None else []
+        return await self._inner.reset(task)
+
+    async def _begin(self, chosen: Any) -> None:
+        """Trace, folder and setup of a task."""
+        vf = _verifiers()
         told = vf.TraceTask(type=type(chosen).__name__, data=chosen.data, key=chosen.key, hash=chosen.hash)
         agent = vf.AgentInfo(config=vf.AgentConfig(model="policy", runtime=vf.SubprocessConfig()))
         state = _verifiers("state").state_cls(type(chosen))()
         self._trace = vf.Trace(task=told, state=state, agent=agent)
         self._runtime = _verifiers("runtimes").make_runtime(vf.SubprocessConfig(), name=self._trace.id)
         await self._runtime.start()
-        await _invoke(chosen.setup, trace=self._trace, runtime=self._runtime)
-        toolsets = await self._maker.toolsets(chosen)
-        tools = [*self._given, *[tool for toolset in toolsets for tool in await toolset.tools()]]
-        self._inner = ToolEnvironment(tools, _unasked, shorten=self._shorten, session=self._session)
-        self._vf_tools = [vf.Tool(**schema["function"]) for schema in self.tools]
-        self._said: list[Any] = [_theirs(message) for message in task.messages]
-        return await self._inner.reset(task)
+        try:
+            await _invoke(chosen.setup, trace=self._trace, runtime=self._runtime)
+        except Exception as error:  # a hook is somebody's code, and its failure is not the model's
+            raise EngineError(f"verifiers task {chosen.data.idx}: setup: {error}") from error
 
     async def step(self, message: Message) -> Step:
         """Runs the calls of `message`, or scores the episode where it has none."""
+        if self._task is None:
+            return await self._inner.step(message)
         ids = self._record(message)
         step = await self._inner.step(message)
         if not step.done:
@@ -136,8 +151,9 @@ class Played:
         try:
             await _invoke(self._task.finalize, trace=self._trace, runtime=self._runtime)
             await self._task.score(self._trace, self._runtime)
-        except _verifiers().RolloutError as error:
-            return Step([], done=True, failed=True, prediction=f"not scored: {error}")
+        except Exception as error:  # as above: a judge that is away, a reward that breaks
+            logger.warning("verifiers task %s: not scored: %s", self._task.data.idx, " ".join(str(error).split())[:300])
+            return Step([], done=True, failed=True)
         reward = float(self._trace.reward)
         return Step([], reward, True, min(max(reward, 0.0), 1.0), prediction=message.content[-200:])
 

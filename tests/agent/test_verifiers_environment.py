@@ -10,7 +10,7 @@ import pytest
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.data.prompts import read_tasks, write_tasks
-from open_agentrl_jax.types import Message, Sampling, UserError
+from open_agentrl_jax.types import Message, Sampling, Task, UserError
 
 from .test_streaming import Continuing
 
@@ -81,6 +81,11 @@ class Broken(Riddle):
         raise ValueError("the judge is away")
 
 
+class Absent(Riddle):
+    async def setup(self, trace, runtime):
+        raise OSError("no such shelf")
+
+
 class Stopping(Riddle):
     @vf.stop
     async def enough(self, trace) -> bool:
@@ -143,11 +148,17 @@ def test_the_example_of_the_docs(tokenizer, tmp_path, monkeypatch):
     assert played.reward == 1.0
 
 
-def test_a_judge_that_fails_is_not_the_models(tokenizer):
-    make = Verifiers(taskset(Broken))
-    (task,) = problems(taskset(Broken))
-    _, played = play(tokenizer, task, make, "It is Emma.")
+@pytest.mark.parametrize("kind", [Broken, Absent])
+def test_hooks_that_fail_are_not_the_models(tokenizer, kind):
+    (task,) = problems(taskset(kind))
+    _, played = play(tokenizer, task, Verifiers(taskset(kind)), "It is Emma.")
     assert played.aborted and played.reward == 0.0
+
+
+def test_a_chat_has_the_tools_of_all_tasks_and_no_reward(tokenizer):
+    task = Task("chat-0", [Message("user", "How long is it?")], None)
+    _, played = play(tokenizer, task, Verifiers(taskset()), call("count", word="seven"), "Five.")
+    assert played.turns[0].tool_outputs == ["5"] and played.stop == "answer" and played.reward == 0.0
 
 
 def test_what_is_not_played_is_refused():
