@@ -83,7 +83,7 @@ class Verifiers:
         """One episode's environment."""
         return Played(self, tools, shorten, session, [*(tool.schema for tool in tools), *self._told])
 
-    async def toolsets(self, task: Any | None) -> list[_Toolset]:
+    async def toolsets(self, task: Any) -> list[_Toolset]:
         """Those of all tasks, set up once, and those of this task, if there is one."""
         async with self._starting:
             if not self._started:
