@@ -90,7 +90,9 @@ class Verifiers:
                 for toolset in self._shared:
                     await toolset.toolset.setup()
                 self._started = True
-        own = self._own(task) if task is not None else []
+        if task is None:
+            return self._shared
+        own = self._own(task)
         for toolset in own:
             await toolset.toolset.setup()
             await toolset.toolset.setup_task(task.data)
