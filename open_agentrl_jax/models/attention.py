@@ -58,13 +58,20 @@ def attention(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where) -> jax.Array:
         keys = queries
         if mesh.shape["seq"] > 1:
-            k, v, keys = jax.tree.map(lambda x: jax.lax.all_gather(x, "seq", axis=1, tiled=True), (k, v, queries))
+            k, v, keys = jax.tree.map(_whole_rows, (k, v, queries))
         return compute(q, k, v, queries, keys)
 
     heads, tokens = sharding.HEADS, sharding.TOKENS
     # check_vma is off: loops of the backends start from constants, which do not vary over the mesh.
     mapped = jax.shard_map(local, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
     return mapped(q, k, v, where)
+
+
+def _whole_rows(x: jax.Array) -> jax.Array:
+    """[b t/seq ...] -> [b t ...]. Gathered into a leading axis of its own: what is gathered along another one, TPU
+    compilers sum by an all-reduce on the way back."""
+    x = jnp.moveaxis(jax.lax.all_gather(x, "seq"), 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def pick(t: int) -> str:

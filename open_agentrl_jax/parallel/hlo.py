@@ -71,8 +71,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def all_reduced(found: Sequence[Collective], *, at_least: int) -> list[Collective]:
-    """All-reduces over fsdp of arrays as large as a parameter: gradients that should have been reduce-scattered."""
-    return [c for c in found if c.kind == "all-reduce" and "fsdp" in c.axes and c.bytes >= at_least]
+    """All-reduces, of arrays as large as a parameter, over axes that split parameters: gradients to be scattered."""
+    parts = {"fsdp", "seq", "?"}
+    return [c for c in found if c.kind == "all-reduce" and parts & set(c.axes) and c.bytes >= at_least]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

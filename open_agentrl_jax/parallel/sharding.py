@@ -15,26 +15,27 @@ from open_agentrl_jax.types import UserError
 
 P = jax.P
 
-# fsdp is on the leading matrix axis everywhere: only then do TPU compilers turn the gradient of a gathered parameter
+# PARTS are on the leading matrix axis everywhere: only then do TPU compilers turn the gradient of a gathered parameter
 # into a reduce-scatter. Matrices are [in out]; layer parameters have the stack of layers in front, never split.
+PARTS = ("fsdp", "seq")  # both split parameters: the parts of a row sum gradients as the rows do
 TABLE: dict[str, jax.sharding.PartitionSpec] = {
-    "embed": P("fsdp", "tensor"),  # [v d]
-    "head": P("fsdp", "tensor"),  # [d v]
+    "embed": P(PARTS, "tensor"),  # [v d]
+    "head": P(PARTS, "tensor"),  # [d v]
     "norm": P(None),  # [d]
     "layers/attn_norm": P(None, None),  # [l d]
     "layers/mlp_norm": P(None, None),
-    "layers/q": P(None, "fsdp", "tensor"),  # [l d h*D]
-    "layers/k": P(None, "fsdp", "tensor"),  # [l d k*D]
-    "layers/v": P(None, "fsdp", "tensor"),
+    "layers/q": P(None, PARTS, "tensor"),  # [l d h*D]
+    "layers/k": P(None, PARTS, "tensor"),  # [l d k*D]
+    "layers/v": P(None, PARTS, "tensor"),
     "layers/q_bias": P(None, "tensor"),  # [l h*D]
     "layers/k_bias": P(None, "tensor"),
     "layers/v_bias": P(None, "tensor"),
     "layers/q_norm": P(None, None),  # [l D]
     "layers/k_norm": P(None, None),
-    "layers/o": P(None, ("tensor", "fsdp"), None),  # [l h*D d]
-    "layers/gate": P(None, "fsdp", "tensor"),  # [l d f]
-    "layers/up": P(None, "fsdp", "tensor"),
-    "layers/down": P(None, ("tensor", "fsdp"), None),  # [l f d]
+    "layers/o": P(None, ("tensor", *PARTS), None),  # [l h*D d]
+    "layers/gate": P(None, PARTS, "tensor"),  # [l d f]
+    "layers/up": P(None, PARTS, "tensor"),
+    "layers/down": P(None, ("tensor", *PARTS), None),  # [l f d]
 }
 
 BATCH = ("data", "fsdp")  # what the batch is split over
@@ -86,10 +87,10 @@ def check_divides(
     if len(spec) > len(shape):
         raise UserError(f"sharding: {name}: shape {shape} has {len(shape)} axes, the table has {len(spec)}")
     for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
-        names = (names,) if isinstance(names, str) else names or ()
+        names = _names(names)
         ways = math.prod(mesh.shape[n] for n in names)
         if size % ways:
-            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in names)
+            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in names if mesh.shape[n] > 1)
             raise UserError(
                 f"sharding: {name}: axis {axis} of {shape} is {size}, which does not divide by {sizes}; "
                 f"choose mesh sizes whose product divides {size}"
@@ -107,7 +108,7 @@ def out(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec | None:
 
 
 def gather(name: str, x: jax.Array, *, stacked: bool = True) -> jax.Array:
-    """A parameter whole over fsdp, as a matrix product takes it; its gradient comes back reduce-scattered.
+    """A parameter whole over PARTS, as a matrix product takes it; its gradient comes back reduce-scattered.
 
     Plain resharding to the gathered spec would make jax all-reduce the gradient over the batch axes; `reduced=` tells
     it that the sum is still to be done, so that it is done into the parameter's own sharding.
@@ -120,14 +121,21 @@ def gather(name: str, x: jax.Array, *, stacked: bool = True) -> jax.Array:
     if current_mesh() is None:
         return x
     kept = spec(name) if stacked or not name.startswith("layers/") else P(*spec(name)[1:])
-    if not any("fsdp" in (part or ()) for part in kept):
+    if not any(set(PARTS) & set(_names(part)) for part in kept):
         return x  # norms and biases: tiny, and an elementwise product takes no reduced operand
-    return gather_as(x, P(*(_without_fsdp(part) for part in kept)))
+    return gather_as(x, P(*(_without(PARTS, part) for part in kept)))
 
 
 def gather_as(x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
-    """`x` laid out as `spec`, whole over every batch axis, its gradient summed on the way back."""
-    return x if current_mesh() is None else jax.reshard(x, P(*spec, reduced=_REDUCED))
+    """A parameter laid out as `spec`, whole over every batch axis, its gradient summed on the way back."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    if mesh.shape["seq"] > 1:
+        # One axis after the other: for groups that fill a square torus TPU compilers have no reduce-scatter.
+        here = jax.typeof(x).sharding.spec
+        x = jax.reshard(x, P(*(_without("seq", part) for part in here), reduced=frozenset({"seq"})))
+    return jax.reshard(x, P(*spec, reduced=_REDUCED))
 
 
 def unreduced(x: jax.Array) -> jax.sharding.PartitionSpec | None:
@@ -138,8 +146,12 @@ def unreduced(x: jax.Array) -> jax.sharding.PartitionSpec | None:
     return P(*spec.partitions, unreduced=spec.reduced)
 
 
-def _without_fsdp(part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    left = tuple(n for n in ((part,) if isinstance(part, str) else part or ()) if n != "fsdp")
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _without(axes: str | tuple[str, ...], part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    left = tuple(n for n in _names(part) if n not in _names(axes))
     return left[0] if len(left) == 1 else left or None
 
 

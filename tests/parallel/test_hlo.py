@@ -50,6 +50,8 @@ def test_collectives_have_kind_axis_bytes_and_number_of_runs():
 def test_a_gradient_that_is_all_reduced_is_found_and_a_norm_is_not():
     (fault,) = hlo.all_reduced(hlo.collectives(TEXT, MESH), at_least=64 * 16 * 2)
     assert fault.source == "jit(step)/gradient"
+    # Over seq it is as wrong: parameters are split over both.
+    assert hlo.all_reduced(hlo.collectives(TEXT, {"data": 1, "fsdp": 1, "seq": 4, "tensor": 2}), at_least=64 * 16 * 2)
     # Over data alone it is right: each replica holds the same part of the parameters.
     assert not hlo.all_reduced(hlo.collectives(TEXT, {"data": 4, "fsdp": 1, "seq": 1, "tensor": 2}), at_least=1000)
 

@@ -57,7 +57,7 @@ def test_moments_lie_like_their_parameters():
     tree = {"opt_state": ({"mu": {"layers": {"q": jax.ShapeDtypeStruct((2, 64, 128), jnp.float32)}}},)}
     tree["count"] = jax.ShapeDtypeStruct((), jnp.int32)
     found = sharding.shardings(tree, _mesh(1, 4, 1, 2))
-    assert found["opt_state"][0]["mu"]["layers"]["q"].spec == P(None, "fsdp", "tensor")
+    assert found["opt_state"][0]["mu"]["layers"]["q"].spec == P(None, ("fsdp", "seq"), "tensor")
     assert found["count"].spec == P()
 
 
