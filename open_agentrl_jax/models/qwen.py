@@ -236,7 +236,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Norms and biases stay float32, so that their gradients are summed over the tokens in it. A matrix is cast first:
     # what travels between devices is in the compute dtype.
-    return weight if weight.ndim == 1 else sharding.gather(name, weight.astype(dtype), stacked=False)
+    if weight.ndim == 1:
+        return weight
+    if weight.dtype != dtype:
+        # The same rounding, said twice: a bare cast TPU compilers take out of the loops, and hold all layers cast.
+        precision = jnp.finfo(dtype)
+        weight = jax.lax.reduce_precision(weight, precision.nexp, precision.nmant).astype(dtype)
+    return sharding.gather(name, weight, stacked=False)
 
 
 def _pure(module: nnx.Module) -> Params:

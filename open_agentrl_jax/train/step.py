@@ -114,7 +114,11 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
 
 def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: float, chunk: int):
     hidden = qwen.forward(params, model_config, batch.tokens, batch.positions, batch.segment_ids)
-    head = qwen.unembedding(params, model_config)
+    # The head is gathered when the layers are done, and its gradient is scattered before they are gone back through:
+    # without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers.
+    name = "embed" if model_config.tie_word_embeddings else "head"
+    hidden, table = jax.lax.optimization_barrier((hidden, params[name]))
+    head = qwen.unembedding({name: table}, model_config)
     return token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
 
 
@@ -179,23 +183,22 @@ def make_step(
             entropy_coef=state.entropy_coef,
         )
 
-        def gradient(index):
+        # The backward pass adds to these in place, layer by layer: the gradient of one micro-batch is never held whole.
+        sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
+
+        def add_gradient(index) -> Metrics:
             micro = _micro(batch, index)
             share = micro.mask.sum() / jnp.maximum(whole.tokens, 1)
             totals = whole
             if behaviour.mean_of_micro_batches:
                 totals = dataclasses.replace(whole, tokens=micro.mask.sum() * (1 if gradients_summed else used))
-            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, micro, totals)
-            metrics = jax.tree.map(lambda x: x * share, metrics) | {"actor/loss": loss}
-            return grads, metrics
+            loss, backward, metrics = jax.vjp(lambda p: loss_of(p, micro, totals), state.params, has_aux=True)
+            backward.with_refs(sums)(jnp.ones_like(loss))
+            return jax.tree.map(lambda x: x * share, metrics) | {"actor/loss": loss}
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: gradient(0)[1]))
-        grads, metrics = jax.lax.fori_loop(
-            0,
-            used,
-            lambda index, total: jax.tree.map(jnp.add, total, gradient(index)),
-            (jax.tree.map(jnp.zeros_like, state.params), zeros),
-        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: add_gradient(0)))
+        metrics = jax.lax.fori_loop(0, used, lambda i, total: jax.tree.map(jnp.add, total, add_gradient(i)), zeros)
+        grads = jax.tree.map(jax.freeze, sums)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
