@@ -9,6 +9,8 @@ BENCHMARKS = {
     "train": "launch.benchmark_train",  # an update here, in torch + transformers, and in Tunix, on the same sequences
     "sandbox": "launch.benchmark_sandbox",  # calls a second, latency and CPU time of the Python tool
     "rollout": "launch.benchmark_rollout",  # the path around SGLang servers against their own speed; refit; overlap
+    "memory": "launch.benchmark_memory",  # the chunked head against all logits at once
+    "scaling": "launch.benchmark_scaling",  # an update against length, rows, devices and width
 }
 
 
