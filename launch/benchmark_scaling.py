@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 FAKE = 8  # devices there are
@@ -69,7 +70,7 @@ def measure(point: Point, rounds: int) -> Cost:
     from open_agentrl_jax.train.packing import Example, pack
     from open_agentrl_jax.train.step import likelihood, make_step
 
-    shape = MODEL | {"hidden_size": point.width, "num_heads": point.width // 32}
+    shape: dict[str, Any] = MODEL | {"hidden_size": point.width, "num_heads": point.width // 32}
     model = ModelConfig("qwen3", intermediate_size=3 * point.width, tie_word_embeddings=True, remat="full", **shape)
     optimizer = states.make_optimizer(Optim(), 1000)
     mesh = make_mesh(fsdp=point.fsdp, devices=jax.devices()[: point.fsdp])
