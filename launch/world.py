@@ -35,8 +35,8 @@ class World:
         return self.make(self.tools, reward or self.reward, shorten=shorten, session=session)
 
     async def close(self) -> None:
-        """Ends what tools, environment and sandbox hold."""
-        for part in (*self.tools, self.make, self.sandbox):
+        """Ends what tools and sandbox hold."""
+        for part in (*self.tools, self.sandbox):
             if (close := getattr(part, "close", None)) is not None:
                 await close()
 

@@ -41,13 +41,8 @@ async def grader(task, text):
     return Score(0.25, 1.0, text)
 
 class Noting(ToolEnvironment):
-    async def reset(self, task):
-        return await super().reset(task)
     async def close(self):
         closed.append("environment")
-
-def make(tools, reward, *, shorten, session):
-    return Noting(tools, reward, shorten=shorten, session=session)
 
 def read(row):
     return Problem(row["riddle"], row["word"], "riddles")
@@ -85,7 +80,7 @@ def test_one_line_each_and_they_play(mine, tokenizer):
     config = Config()
     config.reward.overlong_buffer = 0
     config.agent.tools = ("python", "mine:Search")
-    config.agent.environment, config.reward.grader = "mine:make", "mine:grader"
+    config.agent.environment, config.reward.grader = "mine:Noting", "mine:grader"
     assert validate(config) == []
     chat, played = play(config, tokenizer, CALL, "At 40 bar.")
     assert [schema["function"]["name"] for schema in chat.tools] == ["code_interpreter", "lookup"]
