@@ -10,12 +10,14 @@ from aiohttp import web
 @dataclasses.dataclass
 class Fault:
     """`kind`: "status" (answers 500), "hang" (never answers), "truncate" (cuts after `value` bytes), "delay" (waits
-    `value` seconds), "path" (loads the folder `value` instead). It strikes `times` requests to `path`."""
+    `value` seconds), "path" (loads the folder `value` instead). It strikes `times` requests to `path` with `text`.
+    """
 
     path: str
     kind: str
     value: float | str = 0
     times: int = 10**9
+    text: str = ""
     struck: int = 0
 
 
@@ -25,7 +27,6 @@ class Proxy:
     def __init__(self, target: str):
         self.target, self.url = target, ""
         self.faults: list[Fault] = []
-        self.seen: list[str] = []
 
     async def __aenter__(self):
         self._http = aiohttp.ClientSession(
@@ -50,8 +51,9 @@ class Proxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
-        self.seen.append(path)
-        fault = next((f for f in self.faults if f.path in (path, "*") and f.struck < f.times), None)
+        body = await request.read()
+        struck = (f for f in self.faults if f.path == path and f.struck < f.times and f.text.encode() in body)
+        fault = next(struck, None)
         if fault is not None:
             fault.struck += 1
         kind, value = (fault.kind, fault.value) if fault else ("", 0)
@@ -61,7 +63,6 @@ class Proxy:
             await asyncio.sleep(3600)
         if kind == "delay":
             await asyncio.sleep(float(value))
-        body = await request.read()
         if kind == "path":
             text = body.decode()
             start = text.index('"model_path": "') + len('"model_path": "')
