@@ -96,6 +96,7 @@ class Turn:
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
     tool_outputs: list[str] = dataclasses.field(default_factory=list)
     tool_statuses: list[str] = dataclasses.field(default_factory=list)  # "ok" | "error" | "infrastructure", one a call
+    reply_role: str = "tool"  # of the outputs: "user" where the environment answered words, not calls
     seconds: float = 0.0
 
 
@@ -125,7 +126,10 @@ class Trajectory:
         return [
             message
             for turn in self.turns
-            for message in (Message("assistant", turn.content), *(Message("tool", out) for out in turn.tool_outputs))
+            for message in (
+                Message("assistant", turn.content),
+                *(Message(turn.reply_role, out) for out in turn.tool_outputs),
+            )
         ]
 
 

@@ -48,7 +48,12 @@ class Step:
 
 
 class Environment(Protocol):
-    """One episode's world. A message without tool calls ends the episode and is graded."""
+    """One episode's world. It ends the episode with `done`; until then its messages are what the model reads next.
+
+    A message without calls is an answer: ToolEnvironment grades it. An environment that does not end there, such as a
+    game or somebody who asks on, answers with user messages. Out of turns or tokens, the last words come without calls,
+    and whatever the step gives is the end.
+    """
 
     tools: list[dict[str, Any]]  # the schemas that the chat template shows
 

@@ -1,7 +1,8 @@
 """The multi-turn loop: one problem, one environment, one token sequence.
 
 Order of the checks after each generation, as in the reference: the response budget, the turn limit, no call; then the
-calls are run, and their answers dropped where they do not fit.
+calls are run, and their answers dropped where they do not fit. A turn without calls is the last one unless the
+environment goes on.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from open_agentrl_jax.agent.chat import Chat, parse_tool_calls
 from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine, EngineError
-from open_agentrl_jax.types import Message, Sampling, Task, Trajectory, Turn
+from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,28 @@ class _Sequence:
             turns=turns,
             stop=stop,
         )
+
+
+def record(turn: Turn, step: Step) -> None:
+    """Notes in a turn what the environment answered to it."""
+    turn.tool_outputs = [message.content for message in step.messages]
+    turn.tool_statuses = [result.status for result in step.results]
+    if step.messages:
+        turn.reply_role = step.messages[0].role
+
+
+def after(step: Step, stop: str, calls: Sequence[ToolCall], more: bool) -> str:
+    """Why the episode ends after a step, "" where it goes on.
+
+    Args:
+        step: what the environment answered.
+        stop: why it was to end before that.
+        calls: of the turn.
+        more: whether another turn is allowed.
+    """
+    if stop == "answer" and not calls and not step.done and more:
+        return ""
+    return stop or ("answer" if step.done else "")
 
 
 async def run(
@@ -115,18 +139,18 @@ async def run(
                     stop = "turns" if calls else "answer"
                 elif not calls or (unreadable_call_ends and calls[0].error):
                     stop = "answer"
-                if stop:
-                    end = await environment.step(Message("assistant", content))
-                else:
-                    step = await environment.step(Message("assistant", content, calls))
-                    turn.tool_outputs = [message.content for message in step.messages]
-                    turn.tool_statuses = [result.status for result in step.results]
-                    if step.failed:
+                end = await environment.step(Message("assistant", content, [] if stop else calls))
+                stop = after(end, stop, calls, len(turns) < budget.max_turns)
+                if not stop or end.results:
+                    record(turn, end)
+                if not stop:
+                    if end.failed:
                         raise EngineError("a tool failed for a reason that is not the model's")
-                    following = chat.following(step.messages)
+                    following = chat.following(end.messages)
                     if response_length + len(following) >= budget.max_response:
                         stop = "length"
-                        end = await environment.step(Message("assistant", content))
+                        if calls:
+                            end = await environment.step(Message("assistant", content))
                     else:
                         sequence.add(following)
                 turn.seconds = time.monotonic() - turn_started

@@ -62,7 +62,7 @@ def messages_of(task: Task, trajectory: Trajectory) -> list[Message]:
     for turn in trajectory.turns:
         words = parse_tool_calls(turn.content)[0] if turn.tool_calls else turn.content.strip()
         messages.append(Message("assistant", words, turn.tool_calls))
-        messages += [Message("tool", output) for output in turn.tool_outputs]
+        messages += [Message(turn.reply_role, output) for output in turn.tool_outputs]
     return messages
 
 

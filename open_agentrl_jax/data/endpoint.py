@@ -19,7 +19,7 @@ import httpx
 
 from open_agentrl_jax.agent.chat import parse_tool_calls
 from open_agentrl_jax.agent.environment import Environment, Step
-from open_agentrl_jax.agent.episode import Budget
+from open_agentrl_jax.agent.episode import Budget, after, record
 from open_agentrl_jax.data.journal import tokenless
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn, UserError
@@ -233,15 +233,14 @@ async def converse(
                     stop = "turns" if reply.calls else "answer"
                 elif not reply.calls:
                     stop = "answer"
-                if stop:
-                    end = await environment.step(Message("assistant", reply.content))
-                else:
-                    step = await environment.step(message)
-                    turn.tool_outputs = [m.content for m in step.messages]
-                    turn.tool_statuses = [result.status for result in step.results]
-                    if step.failed:
+                end = await environment.step(Message("assistant", reply.content) if stop else message)
+                stop = after(end, stop, reply.calls, len(turns) < budget.max_turns)
+                if not stop or end.results:
+                    record(turn, end)
+                if not stop:
+                    if end.failed:
                         raise EngineError("a tool failed for a reason that is not the model's")
-                    messages += step.messages
+                    messages += end.messages
                 turn.seconds = time.monotonic() - turn_started
     except (EngineError, TimeoutError) as error:
         stop, timed_out = "aborted", isinstance(error, TimeoutError)

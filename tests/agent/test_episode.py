@@ -7,7 +7,7 @@ import pytest
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult
+from open_agentrl_jax.agent.environment import Step, ToolEnvironment, ToolResult
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.types import Completion, Message, Sampling, Score, Task
@@ -141,3 +141,48 @@ def test_an_empty_answer_is_an_empty_answer(tokenizer):
     """Fault 14 of the reference: an empty generation returned the whole prompt."""
     t, _, _ = play(tokenizer, "")
     assert t.loss_mask.sum() == 1 and t.turns[0].content == "" and t.accuracy == 0
+
+
+class Guessing:
+    """A game in words: higher or lower, until the number is named or given up by a call."""
+
+    tools = ()
+
+    async def reset(self, task):
+        return task.messages
+
+    async def step(self, message):
+        if message.tool_calls:
+            return Step([], -1.0, True)
+        guess = int(message.content)
+        if guess == 7:
+            return Step([], 1.0, True, 1.0, prediction=message.content)
+        return Step([Message("user", "higher" if guess < 7 else "lower")], -0.5)
+
+    async def close(self): ...
+
+
+def guess(tokenizer, *texts, **budget):
+    chat = Chat(tokenizer)
+    budget = episode.Budget(**{"max_turns": 4, "max_response": 200, "seconds": 10, **budget})
+    return asyncio.run(episode.run(Scripted(chat, *texts), Guessing(), chat, TASK, Sampling(0), budget)), chat
+
+
+def test_an_environment_may_answer_words_with_words(tokenizer):
+    t, chat = guess(tokenizer, "3", "9", "7")
+    messages = [Message("assistant", "3"), Message("user", "higher"), Message("assistant", "9")]
+    messages += [Message("user", "lower"), Message("assistant", "7")]
+    assert t.said == messages and (t.stop, t.reward, t.accuracy, t.prediction) == ("answer", 1.0, 1.0, "7")
+    ids, mask = chat.conversation([*TASK.messages, *messages])
+    assert t.tokens.tolist() == ids and t.loss_mask.tolist() == mask
+    assert t.metrics["num_turns"] == 3 and t.metrics["tool_calls"] == 0
+
+
+def test_a_game_that_is_not_ended_ends_by_its_budget(tokenizer):
+    t, _ = guess(tokenizer, "3", "4", "5", max_turns=2)
+    assert (t.stop, len(t.turns), t.reward) == ("answer", 2, -0.5)
+    assert [m.content for m in t.said] == ["3", "higher", "4"]  # no more than the tokens say
+    t, _ = guess(tokenizer, "3", "4", max_response=4)
+    assert (t.stop, len(t.turns), t.reward) == ("length", 1, -0.5)
+    t, _ = guess(tokenizer, CALL % "I give up")
+    assert (t.stop, t.reward) == ("answer", -1.0)
