@@ -2,10 +2,11 @@
 
     python -m launch.train --config=configs/quickstart.py
 
-The same command continues a run that was stopped or killed. Resume goes in this order: (1) the run directory must be
-of the same config; (2) the newest checkpoint that can be read gives parameters, optimizer, counters and progress; (3)
-metrics.jsonl and trajectories.jsonl are cut to the length they had then; (4) SFT or RL goes on at the next step; (5)
-problems that were started and not trained are played again, with the same draws.
+The same command continues a run that was stopped or killed. Resume goes in this order: (1) the run directory,
+fetched from `checkpoint.copy_to` where it is not here, must be of the same config; (2) the newest checkpoint that can
+be read gives parameters, optimizer, counters and progress; (3) metrics.jsonl and trajectories.jsonl are cut to the
+length they had then; (4) SFT or RL goes on at the next step; (5) problems that were started and not trained are played
+again, with the same draws.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from launch import assemble, command
 from launch.phases import Parts, run_rl, run_sft
 from launch.world import World, open_world
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.config import Config, Optim, to_dict
+from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
@@ -35,8 +36,9 @@ from open_agentrl_jax.telemetry.screen import Screen, curve
 from open_agentrl_jax.telemetry.writer import Silent, Writer
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
+from open_agentrl_jax.train.mirror import Mirror
 from open_agentrl_jax.train.progress import Interrupted, Stopper
-from open_agentrl_jax.types import Task
+from open_agentrl_jax.types import Task, UserError
 
 
 def updates_of(config: Config, conversations: int, problems: int) -> tuple[int, int]:
@@ -67,7 +69,7 @@ def main(config: Config) -> int:
     started = time.monotonic()
     initialize_distributed()
     agreement.agree({"config": to_dict(config), "code": agreement.code_version()})
-    directory = processes.first_then_all(lambda: assemble.claim_directory(config))
+    mirror, directory = processes.first_then_all(lambda: (open_mirror(config), assemble.claim_directory(config)))
     stopper = Stopper(processes.any_of)
     stopper.install()
     loop = EventLoop()
@@ -76,7 +78,10 @@ def main(config: Config) -> int:
         policy = assemble.load_policy(config, directory)
         world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(
-            directory / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+            directory / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            mirror=mirror,
         )
         try:
             chat = assemble.make_chat(config, policy, processes.share(world.schemas if world else []))
@@ -108,6 +113,8 @@ def main(config: Config) -> int:
             export(parts, params)
             if processes.first():
                 write_report([directory])
+                if mirror is not None:
+                    mirror.finish()
                 closing(parts, time.monotonic() - started)
         finally:
             checkpoints.close()
@@ -115,6 +122,19 @@ def main(config: Config) -> int:
                 loop.run(world.close())
             loop.close()
     return 0
+
+
+def open_mirror(config: Config) -> Mirror | None:
+    """The copy of the run, brought here where there is no such run; None where none is wanted, or another copies."""
+    if not config.checkpoint.copy_to or not processes.first():
+        return None
+    mirror = Mirror(Path(config.directory).absolute(), config.checkpoint.copy_to)
+    if mirror.config.get("fingerprint", fingerprint(config)) != fingerprint(config):
+        raise UserError(
+            f"checkpoint.copy_to={mirror.target}: the copy there is of another config; give another place, or remove it"
+        )
+    mirror.fetch()
+    return mirror
 
 
 def open_writer(config: Config, directory: Path, progress: Progress) -> Writer:

@@ -191,6 +191,7 @@ class Checkpoint:
     every: int = 30  # steps
     keep: int = 3
     keep_best: bool = False  # also the one of the best evaluation
+    copy_to: str = ""  # gs://, s3:// or a folder: checkpoints and export go there too; a new machine goes on from it
 
 
 @dataclasses.dataclass

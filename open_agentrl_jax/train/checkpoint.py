@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from open_agentrl_jax.train.mirror import Mirror
 from open_agentrl_jax.train.state import TrainState
 from open_agentrl_jax.types import UserError
 
@@ -39,13 +40,21 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run directory; saving is asynchronous."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, keep_best: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_best: bool = False,
+        mirror: Mirror | None = None,
+    ):
         """Opens, and creates, the folder.
 
         Args:
             directory: `<run_dir>/checkpoints`.
             keep: newest checkpoints to keep.
             keep_best: keep the one of the best held-out accuracy as well.
+            mirror: copies each checkpoint, once it is on disk, in a thread of its own.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates each step
         policies: Any = ocp.training.preservation_policies
@@ -63,6 +72,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None
+        self._mirror = mirror
 
     def save(self, number: int, state: TrainState, progress: Progress, *, accuracy: float | None = None) -> None:
         """Begins to write a checkpoint; the arrays of `state` must live until `wait` returns.
@@ -74,6 +84,8 @@ class Checkpoints:
             accuracy: held-out, for keep_best.
         """
         self.wait()
+        if self._mirror is not None:
+            self._mirror.wait()  # a new checkpoint may remove the one that is being copied
         self._pending = self._checkpointer.save_async(
             number,
             _tree(state),
@@ -81,6 +93,8 @@ class Checkpoints:
             metrics=None if accuracy is None else {"accuracy": accuracy},
             custom_metadata={"progress": dataclasses.asdict(progress)},
         )
+        if self._mirror is not None:
+            self._mirror.saved(number, self._pending.result)
 
     def wait(self) -> None:
         """Until what was begun is on disk."""
@@ -121,6 +135,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and closes."""
         self.wait()
+        if self._mirror is not None:
+            self._mirror.close()
         self._checkpointer.close()
 
 
