@@ -32,7 +32,7 @@ class Trainer:
 
 
 def make_pool(urls, trainer=None, **settings):
-    settings = {"interval": 0.5, "tolerance": 0.02, "outage": 240.0, "deadline": 60.0, **settings}
+    settings = {"interval": 1.0, "tolerance": 0.02, "outage": 240.0, "deadline": 60.0, **settings}
     return SGLangPool(urls, vocab_size=VOCAB, replay=trainer.replay if trainer else None, **settings)
 
 

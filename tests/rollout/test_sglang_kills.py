@@ -81,7 +81,7 @@ async def test_a_server_hangs(qwen3, checkpoints):
         finally:
             for pid in _members(group):
                 os.kill(pid, signal.SIGCONT)
-        await until(lambda: len(pool.fleet.ready()) == 2, 60)
+        await until(lambda: len(pool.fleet.ready()) == 2, 240)
     counts = pool.metrics()
     assert counts["rollout/servers_lost"] == counts["rollout/servers_returned"] == 1
     assert counts["rollout/sessions_moved"] == 4
@@ -103,14 +103,15 @@ async def test_a_batch_of_episodes_outlives_one_of_two_servers(qwen3, checkpoint
     trainer = Trainer(checkpoints)
     tasks = [Task(str(n), [Message("user", str(n))], "") for n in range(problems)]
     async with make_pool(qwen3.urls, trainer) as pool:
-        await until(lambda: len(pool.fleet.ready()) == 2, 240)
         await trainer.publish(pool, 55)
+        await until(lambda: len(pool.fleet.ready()) == 2, 240)
+        lost = pool.fleet.counts["servers_lost"]
         batch = asyncio.ensure_future(play_all(play, tasks, samples=samples, concurrency=12))
         await flowing(pool.fleet.servers[0], 5)
         qwen3.kill(0)
         groups = await batch
         counts = pool.metrics()
-        assert counts["rollout/servers_lost"] == 1
+        assert counts["rollout/servers_lost"] == lost + 1
         assert counts["rollout/tokens_kept"] > 0
         assert counts["rollout/requests"] == problems * samples * turns
         assert counts["rollout/tokens"] == problems * samples * turns * tokens
@@ -130,7 +131,7 @@ async def test_a_batch_of_episodes_outlives_one_of_two_servers(qwen3, checkpoint
         for completion in both:
             check(checkpoints, PROMPT, completion, tokens=10)
         assert {server.sessions for server in pool.fleet.servers} == {1}
-    assert pool.metrics()["rollout/servers_returned"] == 1
+    assert pool.metrics()["rollout/servers_returned"] == lost + 1
 
 
 async def test_all_servers_are_killed(qwen3, checkpoints):
