@@ -121,9 +121,10 @@ def start_replay(params: qwen.Params, model_config: ModelConfig, ids: Sequence[i
     mesh: Any = leaf.sharding.mesh if isinstance(leaf.sharding, jax.sharding.NamedSharding) else None
     rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # as many as the mesh cuts a batch into
     tokens = np.repeat(np.asarray(ids, np.int32)[None], rows, 0)
+    targets = np.roll(tokens, -1, axis=1)  # here: what lies in parts over seq is not rolled by newer releases of jax
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        placed = tokens if mesh is None else jax.device_put(tokens, sharding.TOKENS)
-        logprobs = _replay(params, model_config, placed)
+        placed = (tokens, targets) if mesh is None else jax.device_put((tokens, targets), sharding.TOKENS)
+        logprobs = _replay(params, model_config, *placed)
     return lambda: np.concatenate([[0.0], np.asarray(logprobs)]).astype(np.float32)
 
 
@@ -133,11 +134,11 @@ def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Seque
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
-def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array) -> jax.Array:
+def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     params = jax.tree.map(lambda x: x.astype(_DTYPE), params)  # the forward computes in its own dtype, layer by layer
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens))
-    logprobs, _ = token_logprobs(hidden, qwen.unembedding(params, model_config), jnp.roll(tokens, -1, axis=1))
+    logprobs, _ = token_logprobs(hidden, qwen.unembedding(params, model_config), targets)
     return (logprobs if current_mesh() is None else jax.reshard(logprobs, jax.P()))[0, :-1]
 
 
