@@ -47,7 +47,7 @@ def get_config() -> Config:
             loss=Loss(old_logprobs="rollout"),
             optim=Optim(lr=3e-4, b2=0.99, schedule="cosine"),
         ),
-        packing=Packing(rows=4, length=256),
+        packing=Packing(rows=4, length=192),  # two trajectories a row
         agent=Agent(max_turns=3, max_prompt=64, max_response=112, max_tool_tokens=24, seconds=60.0),
         reward=Reward(overlong_buffer=0),
         sandbox=Sandbox(timeout=5.0, memory_mb=512),
