@@ -89,7 +89,7 @@ async def test_a_server_hangs(qwen3, checkpoints):
 
 async def test_a_batch_of_episodes_outlives_one_of_two_servers(qwen3, checkpoints):
     """SIGKILL in the middle: every episode comes once, is whole, and scored for what it did, not for what happened."""
-    problems, samples, turns, tokens = 6, 2, 3, 200
+    problems, samples, turns, tokens = 6, 2, 3, 250
     played = []
 
     async def play(task, *, position, sample, attempt):
@@ -107,7 +107,8 @@ async def test_a_batch_of_episodes_outlives_one_of_two_servers(qwen3, checkpoint
         await until(lambda: len(pool.fleet.ready()) == 2, 240)
         lost = pool.fleet.counts["servers_lost"]
         batch = asyncio.ensure_future(play_all(play, tasks, samples=samples, concurrency=12))
-        await flowing(pool.fleet.servers[0], 5)
+        await until(lambda: len(played) == problems * samples and all(one.steps for _, one in played))
+        await flowing(pool.fleet.servers[0], 2)  # all are in their second turn, and some of it has come
         qwen3.kill(0)
         groups = await batch
         counts = pool.metrics()
