@@ -20,6 +20,8 @@ CORE = [
     "numpy>=2,<3",
     "jaxtyping>=0.3,<0.4",
     "httpx>=0.27,<1",
+    "etils[epath]>=1.10,<2",  # paths of buckets, for checkpoint.copy_to
+    "fsspec>=2024.6,<2028",
     "rich>=13,<16",
     "math-verify>=0.8,<0.10",
 ]
@@ -32,9 +34,14 @@ EXTRAS = {
     "servers": SERVERS,
     "tensorboard": ["tensorboardX>=2.6,<3"],
     "wandb": ["wandb>=0.18,<1"],
+    "mcp": ["mcp>=2,<3"],
+    "verifiers": ["verifiers>=0.4,<0.5"],
+    "gcs": ["gcsfs>=2024.6,<2028"],
+    "s3": ["s3fs>=2024.6,<2028"],
     "test": [
         "torch>=2.6,<=2.13.0",
         *SERVERS,
+        "mcp>=2,<3",
         "sandbox-fusion>=0.3.7,<0.4",  # the official client, run unchanged against our server
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
