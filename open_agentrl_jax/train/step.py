@@ -112,12 +112,26 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
     return objective
 
 
+@jax.custom_vjp
+def _one_after_the_other(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The head is gathered when the layers are done, and its gradient is scattered before they are gone back through.
+
+    Without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers. The barrier's own
+    derivative, as jax 0.12 has it, fails where a gradient is added in place.
+    """
+    return jax.lax.optimization_barrier((hidden, table))
+
+
+_one_after_the_other.defvjp(
+    lambda hidden, table: (_one_after_the_other(hidden, table), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
+
+
 def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: float, chunk: int):
     hidden = qwen.forward(params, model_config, batch.tokens, batch.positions, batch.segment_ids)
-    # The head is gathered when the layers are done, and its gradient is scattered before they are gone back through:
-    # without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers.
     name = "embed" if model_config.tie_word_embeddings else "head"
-    hidden, table = jax.lax.optimization_barrier((hidden, params[name]))
+    hidden, table = _one_after_the_other(hidden, params[name])
     head = qwen.unembedding({name: table}, model_config)
     return token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
 
