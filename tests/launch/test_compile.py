@@ -59,5 +59,6 @@ def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
     # One for each of seven matrices of a layer, and two for the embedding, which is the head too.
     assert kinds["reduce-scatter", "fsdp"]["runs"] == 7 * 2 + 2
     assert kinds["all-reduce", "fsdp"]["bytes"] < 2**20  # norms and counts
-    assert numbers["bytes"]["parameters"] == numbers["bytes"]["moments"] // 2
+    counters = numbers["bytes"]["moments"] - 2 * numbers["bytes"]["parameters"]
+    assert 0 <= counters <= 16  # the optimizer's and the schedule's
     assert 2 < numbers["flops"]["matrix_products"] / (numbers["flops"]["model"] / 6 * 2) < 5
