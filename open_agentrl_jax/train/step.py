@@ -116,8 +116,8 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
 def _one_after_the_other(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The head is gathered when the layers are done, and its gradient is scattered before they are gone back through.
 
-    Without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers. The barrier's own
-    derivative, as jax 0.12 has it, fails where a gradient is added in place.
+    Without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers. The barrier has
+    a derivative of its own, for that of jax 0.12 fails where a gradient is added in place.
     """
     return jax.lax.optimization_barrier((hidden, table))
 
