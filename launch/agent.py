@@ -11,7 +11,8 @@ from launch import assemble
 from launch.world import World, open_world
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.streaming import Listener, reply, ungraded
+from open_agentrl_jax.agent.environment import ungraded
+from open_agentrl_jax.agent.streaming import Listener, reply
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.rollout.engine import Engine

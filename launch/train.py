@@ -150,6 +150,13 @@ def open_writer(config: Config, directory: Path, progress: Progress) -> Writer:
 
 def load_data(config: Config, directory: Path, chat: Chat, world: World | None, loop: EventLoop, screen: Screen):
     """Problems to train on, held-out problems and SFT conversations, as far as the config names them."""
+
+    def read(source: str, evaluation: bool) -> list[Task]:
+        found, notes = assemble.problems(config, source, chat, evaluation=evaluation)
+        for note in notes:
+            screen.say(note)
+        return found
+
     tasks: list[Task] = []
     held_out: list[Task] = []
     conversations: list[Any] = []
@@ -157,13 +164,9 @@ def load_data(config: Config, directory: Path, chat: Chat, world: World | None, 
         sandbox: Any = world and world.sandbox
         conversations = processes.first_then_all(lambda: assemble.demonstrations(config, directory, sandbox, loop.run))
     if config.data.train and (config.rl.steps or config.rl.epochs):
-        tasks, notes = assemble.problems(config, config.data.train, chat, evaluation=False)
-        for note in notes:
-            screen.say(note)
+        tasks = read(config.data.train, False)
     if config.data.eval:
-        held_out, notes = assemble.problems(config, config.data.eval, chat, evaluation=True)
-        for note in notes:
-            screen.say(note)
+        held_out = read(config.data.eval, True)
         assemble.refuse_overlap(tasks, held_out)
     return tasks, held_out, conversations
 

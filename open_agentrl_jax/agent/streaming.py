@@ -16,7 +16,7 @@ from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine
-from open_agentrl_jax.types import Completion, Message, Sampling, Score, Task, Trajectory
+from open_agentrl_jax.types import Completion, Message, Sampling, Task, Trajectory
 
 PIECE = 8  # tokens between two looks
 CALL = "<tool_call>"
@@ -98,11 +98,6 @@ def spoken(text: str, *, ended: bool) -> str:
         if CALL.startswith(text[-size:]):
             return text[:-size]
     return text
-
-
-async def ungraded(task: Task, text: str) -> Score:
-    """The reward where nobody asks for one."""
-    return Score(0.0, 0.0)
 
 
 async def reply(

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from open_agentrl_jax.agent.environment import Reward, Step, Tool, ToolEnvironment, ToolResult
+from open_agentrl_jax.agent.environment import Reward, Step, Tool, ToolEnvironment, ToolResult, ungraded
 from open_agentrl_jax.agent.mcp_tool import schema_of, told_result
 from open_agentrl_jax.rollout.engine import EngineError
-from open_agentrl_jax.types import Message, Score, Task, ToolCall, UserError
+from open_agentrl_jax.types import Message, Task, ToolCall, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Played:
             await self._begin(chosen)
         toolsets = await self._maker.toolsets(chosen)
         tools = [*self._given, *[tool for toolset in toolsets for tool in await toolset.tools()]]
-        self._inner = ToolEnvironment(tools, _unasked, shorten=self._shorten, session=self._session)
+        self._inner = ToolEnvironment(tools, ungraded, shorten=self._shorten, session=self._session)
         self._vf_tools = [_verifiers("types").Tool(**schema["function"]) for schema in self.tools]
         self._said: list[Any] = [_theirs(message) for message in task.messages] if chosen is not None else []
         return await self._inner.reset(task)
@@ -238,10 +238,6 @@ def _refuse(task: Any) -> None:
 
 async def _invoke(hook: Callable[..., Any], **given: Any) -> None:
     await _verifiers("utils.decorators").invoke(hook, given)
-
-
-async def _unasked(task: Task, text: str) -> Score:
-    return Score(0.0, 0.0)
 
 
 def _ours(messages: Sequence[Any]) -> list[Message]:

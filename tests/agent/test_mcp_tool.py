@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from open_agentrl_jax.agent.environment import ToolEnvironment
-from open_agentrl_jax.agent.streaming import ungraded
+from open_agentrl_jax.agent.environment import ToolEnvironment, ungraded
 from open_agentrl_jax.types import Message, Task, ToolCall, UserError
 
 pytest.importorskip("mcp", reason="the extra [mcp]")

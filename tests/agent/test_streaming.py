@@ -5,9 +5,9 @@ import pytest
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult
+from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult, ungraded
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.agent.streaming import PIECE, Event, reply, spoken, ungraded
+from open_agentrl_jax.agent.streaming import PIECE, Event, reply, spoken
 from open_agentrl_jax.types import Completion, Message, Sampling
 
 CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(3 * 4)"}}\n</tool_call>'

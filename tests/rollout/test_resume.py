@@ -24,6 +24,14 @@ async def until(condition):
             await asyncio.sleep(0.005)
 
 
+async def held(server, pool):
+    """A request that `server` has given 8 tokens of, and no more until it is let go."""
+    server.hold_at = 8
+    task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(LENGTH), session="a"))
+    await until(lambda: server.generated == 8)
+    return task
+
+
 async def test_an_answer_that_breaks_goes_on_and_nothing_is_sampled_twice():
     async with FakeSGLang() as server, pool_of(server) as pool:
         await pool.update_weights("5", 1)
@@ -43,9 +51,7 @@ async def test_what_a_dead_server_sent_is_kept_and_another_goes_on():
     async with FakeSGLang() as other, FakeSGLang() as dying, pool_of(dying, other) as pool:
         await pool.update_weights("5", 1)
         await until(lambda: len(pool.fleet.ready()) == 2)
-        dying.hold_at = 8
-        task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(LENGTH), session="a"))
-        await until(lambda: dying.generated)
+        task = await held(dying, pool)
         await dying._runner.cleanup()
         expect(await task, PROMPT, [(5, 1, LENGTH)])
         assert (dying.generated, other.generated) == (8, LENGTH - 8)
@@ -55,9 +61,7 @@ async def test_what_a_dead_server_sent_is_kept_and_another_goes_on():
 async def test_a_request_in_flight_goes_on_under_new_weights():
     async with FakeSGLang() as server, pool_of(server) as pool:
         await pool.update_weights("5", 1)
-        server.hold_at = 8
-        task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(LENGTH), session="a"))
-        await until(lambda: server.generated == 8)
+        task = await held(server, pool)
         await pool.update_weights("6", 2)
         server.hold_at = None
         expect(await task, PROMPT, [(5, 1, 8), (6, 2, LENGTH - 8)])
@@ -68,9 +72,7 @@ async def test_an_answer_that_broke_goes_on_under_the_weights_of_then():
     """The long tail of a group: its first part is old, and stays."""
     async with FakeSGLang() as server, pool_of(server) as pool:
         await pool.update_weights("5", 1)
-        server.hold_at = 8
-        task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(LENGTH), session="a"))
-        await until(lambda: server.generated == 8)
+        task = await held(server, pool)
         server.aborted.add(server.seen[0]["rid"])
         server.hold_at = 24
         await until(lambda: server.generated == 24)
