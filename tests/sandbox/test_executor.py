@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import pathlib
@@ -213,7 +214,8 @@ async def test_a_dead_fork_server_is_replaced_and_the_run_retried(sandbox):
         running = asyncio.create_task(own.run("import time; time.sleep(1); print('again')"))
         await asyncio.sleep(0.3)
         for pid in [*descendants(server.process.pid), server.process.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the first process of a namespace takes the others along
+                os.kill(pid, signal.SIGKILL)
         result = await running
         assert (result.status, result.stdout) == ("finished", "again\n")
         assert own.counts["fork_servers_restarted"] == 1 and own.counts["retries"] == 1
