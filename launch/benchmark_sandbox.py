@@ -4,8 +4,8 @@
 
 Compared are the embedded sandbox (isolation included), `python -I -c` in a subprocess (none), the same under bubblewrap
 where `bwrap` is installed, and a SandboxFusion server where `--url` names one. CPU time is that of this process and all
-below it, over the calls made; bubblewrap's is not whole, as it does not wait for what it starts. Writes one JSON object a
-measurement to `--out`, and a table to the screen.
+below it, over the calls made; bubblewrap's is not whole, as it does not wait for what it starts. Writes one JSON object
+a measurement to `--out`, and a table to the screen.
 """
 
 from __future__ import annotations

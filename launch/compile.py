@@ -26,6 +26,7 @@ from launch import assemble, command, workload
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.models import qwen, splash
+from open_agentrl_jax.models.attention import row_parts
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import chips, flops, hlo, sharding
@@ -132,16 +133,16 @@ def smallest_matrix(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
 
 
 @functools.cache
-def attention_shares(length: int, seq: int) -> dict[str, float]:
+def attention_shares(length: int, parts: int) -> dict[str, float]:
     """Blocks that attention computes, as a share of the whole square of scores, on packed rows of agentic lengths.
 
     Returns:
-      "causal": under a static mask; "packed": what the schedule runs, mean over rows; "slowest": likewise, of the part
-      of the sequence axis that has most to do; "exact": pairs of tokens that see each other.
+      "causal": under a static mask; "packed": what the schedule runs, mean over rows; "slowest": likewise, of that
+      of the parts of a row that has most to do; "exact": pairs of tokens that see each other.
     """
     sizes = workload.lengths(256, mean=min(4096, length // 4), cap=length)
     batch, used = workload.packed(sizes, rows=1, length=length)
-    block = splash.block_size(length // seq) or length // seq
+    block = splash.block_size(length // parts) or length // parts
     n = length // block
 
     @jax.jit
@@ -154,7 +155,7 @@ def attention_shares(length: int, seq: int) -> dict[str, float]:
     return {
         "causal": (n + 1) / (2 * n),
         "packed": float(runs.sum(-1).mean() / n**2),
-        "slowest": float(runs.reshape(used, seq, -1).sum(-1).max(-1).mean() * seq / n**2),
+        "slowest": float(runs.reshape(used, parts, -1).sum(-1).max(-1).mean() * parts / n**2),
         "exact": float(seen / length**2),
     }
 
@@ -181,7 +182,7 @@ def report(
     }
     travels = hlo.collectives(compiled.as_text(), dict(mesh.shape))
     whole = flops.count(traced.jaxpr)
-    shares = attention_shares(made.length, mesh.shape["seq"])
+    shares = attention_shares(made.length, row_parts(model.num_kv_heads, mesh))
     backend = "splash" if whole.kernels else "blockwise"
     matrices = sum(x.size for x in jax.tree.leaves(state.params) if x.ndim > 1)
     tokens = made.rows * made.length

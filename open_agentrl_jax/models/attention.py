@@ -37,7 +37,9 @@ def attention(
     output is zero. Rows are as packing makes them, segments contiguous and in order; "plain" and "blockwise" are right
     for any other order too.
 
-    On a mesh each device computes its own rows and heads; the keys of a row are gathered over `seq`.
+    On a mesh each device computes its own rows and heads. Over `seq` a part of the places is exchanged for a part of
+    the heads (Jacobs et al., arXiv 2309.14509): all devices then have whole rows, and the same work. Where `seq` does
+    not divide the heads of the keys, the keys of a row are gathered instead.
 
     Args:
       q: [b t h D].
@@ -51,20 +53,36 @@ def attention(
       [b t h D] in q's dtype; scores and softmax are in float32.
     """
     mesh, where = current_mesh(), Where(jnp.asarray(segment_ids), jnp.asarray(positions))
-    compute = BACKENDS[pick(q.shape[1] // (mesh.shape["seq"] if mesh else 1)) if backend == "auto" else backend]
+    parts = row_parts(k.shape[2], mesh)
+    compute = BACKENDS[pick(q.shape[1] // parts) if backend == "auto" else backend]
     if mesh is None:
         return compute(q, k, v, where, where)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where) -> jax.Array:
-        keys = queries
-        if mesh.shape["seq"] > 1:
-            k, v, keys = jax.tree.map(_whole_rows, (k, v, queries))
-        return compute(q, k, v, queries, keys)
+        if mesh.shape["seq"] == 1:
+            return compute(q, k, v, queries, queries)
+        keys = jax.tree.map(_whole_rows, queries)
+        if parts > 1:
+            return compute(q, _whole_rows(k), _whole_rows(v), queries, keys)
+        q, k, v = (_exchange(x, split=2, join=1) for x in (q, k, v))
+        return _exchange(compute(q, k, v, keys, keys), split=1, join=2)
 
     heads, tokens = sharding.HEADS, sharding.TOKENS
     # check_vma is off: loops of the backends start from constants, which do not vary over the mesh.
     mapped = jax.shard_map(local, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
     return mapped(q, k, v, where)
+
+
+def row_parts(kv_heads: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> int:
+    """Into how many parts the queries of a row are cut while attention is computed; 1 where heads can be exchanged."""
+    if mesh is None or kv_heads // mesh.shape["tensor"] % mesh.shape["seq"] == 0:
+        return 1
+    return mesh.shape["seq"]
+
+
+def _exchange(x: jax.Array, *, split: int, join: int) -> jax.Array:
+    """[b t/seq h D] -> [b t h/seq D] with split=2, join=1; back the other way round."""
+    return jax.lax.all_to_all(x, "seq", split, join, tiled=True)
 
 
 def _whole_rows(x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -141,6 +142,29 @@ def test_asynchronous_episodes_are_at_most_so_stale(tmp_path):
     assert len(stale) == 6 and max(stale) == 1
     texts = [t for t in lines(tmp_path, "trajectories.jsonl") if t["phase"] == "rl"]
     assert not [t for t in texts if t["stop"] == "aborted"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_new_machine_goes_on_from_the_copy(finished, tmp_path):
+    """Killed, and its disk is lost."""
+    directory, copy = tmp_path / "run", tmp_path / "copy"
+    process = start("train", directory, **{"checkpoint.copy_to": copy})
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (copy / "copy.json").exists() and any(line["phase"] == "rl" for line in lines(directory)[:-1]):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(directory)
+    done = run("train", directory, **{"checkpoint.copy_to": copy})
+    assert done.returncode == 0 and "resumed: " in done.stdout, done.stderr[-3000:]
+    assert timeless(directory) == timeless(finished[0])
+    for name in ("metrics.jsonl", "trajectories.jsonl", "export/model.safetensors", "report.html"):
+        assert (copy / name).read_bytes() == (directory / name).read_bytes()
+    other = run("train", tmp_path / "other", **{"checkpoint.copy_to": copy, "seed": 1})
+    assert other.returncode == 2 and "the copy there is of another config" in other.stderr
 
 
 @pytest.mark.slow

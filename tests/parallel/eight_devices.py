@@ -25,6 +25,7 @@ CASES = [
     (TIED, (2, 1, 4, 1)),
     (UNTIED, (1, 8, 1, 1)),
     (UNTIED, (2, 2, 1, 2)),
+    (UNTIED, (2, 2, 2, 1)),  # the only one whose parts of a row exchange heads: the others have too few
     (UNTIED, (1, 1, 8, 1)),
 ]
 

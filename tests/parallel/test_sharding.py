@@ -92,7 +92,7 @@ def test_any_mix_of_axes_gives_the_loss_and_gradients_of_one_device():
     done = subprocess.run([sys.executable, program], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert len(result["cases"]) == 6
+    assert len(result["cases"]) == 7
     for case in result["cases"]:
         assert np.isfinite(case["value"]), case
         assert case["loss"] < 1e-5, case
