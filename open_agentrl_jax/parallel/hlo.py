@@ -22,12 +22,14 @@ _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5}
 class Collective:
     """One collective operation of the program.
 
-    `bytes` are those of the whole array: what an all-gather gives, what a reduce-scatter takes, what is all-reduced.
+    `bytes` are those of the whole arrays: what an all-gather gives, what a reduce-scatter takes, what is all-reduced;
+    compilers put several arrays into one operation, and `largest` is that of the largest among them.
     """
 
     kind: str
     axes: tuple[str, ...]  # of the mesh; ("?",) where the groups are not understood
     bytes: int
+    largest: int
     times: int  # runs a step: loops are counted as often as they run, one of unknown length once
     ways: int  # devices in a group
     source: str  # the operation's name in the program that was traced
@@ -58,22 +60,22 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             shape, kind, rest = match.groups()
             groups = _groups(rest)
             axes, ways = _axes(groups, mesh)
+            arrays = [_bytes(array) for array in shape.strip("()").split(", ")]
+            whole = ways if kind == "reduce-scatter" else 1  # its operand is what counts
             if kind == "all-reduce" and scatters:
                 kind = "reduce-scatter"
-                size = _bytes(shape)
-            else:
-                # A start holds what it takes and what it gives; of both, and of a scatter's operand, the larger counts.
-                size = max(map(_bytes, shape.strip("()").split(", "))) if "-start(" in line else _bytes(shape)
-                size *= ways if kind == "reduce-scatter" else 1
+            # A start holds what it takes and what it gives; of both the larger counts.
+            size = (max(arrays) if "-start(" in line else sum(arrays)) * whole
             source = re.search(r'op_name="([^"]*)"', line)
-            found.append(Collective(kind, axes, int(size), times, ways, source.group(1) if source else name))
+            source = source.group(1) if source else name
+            found.append(Collective(kind, axes, int(size), int(max(arrays) * whole), times, ways, source))
     return found
 
 
 def all_reduced(found: Sequence[Collective], *, at_least: int) -> list[Collective]:
     """All-reduces, of arrays as large as a parameter, over axes that split parameters: gradients to be scattered."""
     parts = {"fsdp", "seq", "?"}
-    return [c for c in found if c.kind == "all-reduce" and parts & set(c.axes) and c.bytes >= at_least]
+    return [c for c in found if c.kind == "all-reduce" and parts & set(c.axes) and c.largest >= at_least]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

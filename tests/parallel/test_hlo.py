@@ -56,6 +56,14 @@ def test_a_gradient_that_is_all_reduced_is_found_and_a_norm_is_not():
     assert not hlo.all_reduced(hlo.collectives(TEXT, {"data": 4, "fsdp": 1, "seq": 1, "tensor": 2}), at_least=1000)
 
 
+def test_small_arrays_in_one_operation_are_no_gradient():
+    small = "(f32[16,32]{1,0}, f32[512]{0}, f32[])"
+    text = TEXT.replace("%ar = f32[64,16]{1,0}", f"%ar = {small}")
+    (found,) = [c for c in hlo.collectives(text, MESH) if c.source == "jit(step)/gradient"]
+    assert (found.bytes, found.largest) == (2 * 512 * 4 + 4, 512 * 4)
+    assert not hlo.all_reduced([found], at_least=512 * 4 + 1) and hlo.all_reduced([found], at_least=512 * 4)
+
+
 def test_bytes_sent_are_those_of_a_ring():
     sent = {c.kind: c.sent for c in hlo.collectives(TEXT, MESH) if c.axes == ("fsdp",)}
     assert sent["all-gather"] == 3 * 2048 * 3 / 4
