@@ -19,7 +19,7 @@ def get_config() -> Config:
     config.model.path = "runs/quickstart/export"
     config.data.train, config.data.eval = "gsm8k_train.jsonl", "gsm8k=gsm8k_test.jsonl"
     config.data.sft, config.data.eval_limit = "runs/gsm8k_chain/collected/sft.parquet", 64
-    # In the quickstart's 444 tokens half of the problems are longer than 340, and half of the solutions longer than 300.
+    # In the quickstart's 444 tokens half of the problems are longer than 340, half of the solutions longer than 300.
     config.agent.max_turns, config.agent.max_prompt, config.agent.max_response = 9, 512, 512
     config.sft.steps, config.sft.batch_size, config.sft.max_length = 200, 16, 1024
     config.rl.steps, config.rl.min_accuracy = 3, 0.0
