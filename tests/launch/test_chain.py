@@ -16,6 +16,7 @@ from open_agentrl_jax.data.rows import read_table
 from tests.launch.runs import ROOT, environment, lines
 from tests.launch.teacher import completion, serving
 
+pytestmark = pytest.mark.xdist_group("chain")  # one worker, or each would run all five commands
 COMMANDS = re.findall(r"^python -m launch\.(\w+)( \$CHAIN.*)$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
 
 
