@@ -12,4 +12,4 @@ def test_every_side_gets_the_same_tokens(shape, to_cap):
     for row, ids in zip(rows, wanted, strict=True):
         np.testing.assert_array_equal(row[row >= 0], ids)
     if to_cap:
-        assert {len(row) for row in rows} == {module.CAP}
+        assert {len(row) for row in rows} == {module.MIXES["mix"][2]}
