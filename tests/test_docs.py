@@ -1,8 +1,12 @@
 """What the documents say is so: links lead somewhere, commands and fields exist, examples run."""
 
 import importlib.util
+import json
 import pathlib
 import re
+import shlex
+import string
+import subprocess
 import sys
 import types
 
@@ -41,6 +45,29 @@ def test_commands_configs_and_fields_exist(page):
         assert (ROOT / config).exists(), f"{page}: {config}"
     for field in re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)*)", text):
         lookup(Config(), field)
+
+
+def documented_commands():
+    """(page, line, arguments) of every `python -m launch...` in the documents that has any, their variables filled in."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        variables = {name: value.strip('"') for name, value in re.findall(r'\b([A-Z]+)=("[^"]*"|[\w/.]+)', text)}
+        for line in re.findall(r"python -m (launch\.\w+ [^`\n;#]*)", text):
+            for _ in range(3):  # a variable may hold another
+                line = string.Template(line).safe_substitute(variables)
+            line = line.replace("<topology>", "v5p:2x2x1").replace("<model>", "qwen3_4b").replace("[--all]", "--all")
+            yield page.name, line, shlex.split(line.removesuffix("...").removesuffix("|"))
+
+
+def test_documented_commands_are_understood():
+    commands = list(documented_commands())
+    assert len(commands) > 30
+    wanted = json.dumps([arguments for _, _, arguments in commands])
+    command = [sys.executable, "-m", "tests.documented_commands"]
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    told = zip(commands, json.loads(done.stdout), strict=True)
+    assert not [f"{page}: {line}: {refusal}" for (page, line, _), refusal in told if refusal]
 
 
 def test_the_reference_is_up_to_date():
