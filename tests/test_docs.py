@@ -48,7 +48,7 @@ def test_commands_configs_and_fields_exist(page):
 
 
 def documented_commands():
-    """(page, line, arguments) of every `python -m launch...` in the documents that has any, their variables filled in."""
+    """(page, line, arguments) of every `python -m launch...` with any in the documents, variables filled in."""
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         variables = {name: value.strip('"') for name, value in re.findall(r'\b([A-Z]+)=("[^"]*"|[\w/.]+)', text)}
