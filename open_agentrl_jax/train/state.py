@@ -11,6 +11,8 @@ import numpy as np
 import optax
 
 from open_agentrl_jax.config import Optim
+from open_agentrl_jax.parallel.sharding import shardings
+from open_agentrl_jax.train.offload import HOST, adamw_on_host
 
 
 @jax.tree_util.register_dataclass
@@ -46,9 +48,10 @@ def rates(optim: Optim, updates: int) -> np.ndarray:
 
 def make_optimizer(optim: Optim, updates: int) -> optax.GradientTransformation:
     """Global-norm clip, then AdamW; every parameter decays, as in torch's AdamW."""
+    adamw = adamw_on_host if optim.offload else optax.adamw
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(schedule(optim, updates), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay),
+        adamw(schedule(optim, updates), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay),
     )
 
 
@@ -56,3 +59,27 @@ def create(params: Any, optimizer: optax.GradientTransformation, *, entropy_coef
     """A state at update 0 around `params`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), zero, zero + 0, jnp.asarray(entropy_coef, jnp.float32))
+
+
+def abstract(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings and memory kinds, to restore into or to compile for.
+
+    Args:
+        params: arrays or ShapeDtypeStructs.
+        optimizer: of `make_optimizer`.
+        mesh: None: the first device.
+    """
+    traced = jax.jit(lambda p: create(p, optimizer)).trace(params)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = jax.tree.map(lambda _: here, traced.out_info)
+    else:
+        where = shardings(traced.out_info, mesh)
+
+    def leaf(made: Any, sharding: Any, aval: Any) -> jax.ShapeDtypeStruct:
+        if aval.memory_space == HOST:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding)
+
+    avals = jax.tree.structure(traced.out_info).unflatten(traced.jaxpr.out_avals)
+    return jax.tree.map(leaf, traced.out_info, where, avals)

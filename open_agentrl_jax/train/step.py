@@ -25,6 +25,7 @@ from open_agentrl_jax.config import Loss
 from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import P, constrain
+from open_agentrl_jax.train.offload import lies_on_host
 from open_agentrl_jax.train.packing import Batch
 from open_agentrl_jax.train.state import TrainState
 
@@ -215,8 +216,13 @@ def make_step(
         grads = jax.tree.map(jax.freeze, sums)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        moved = optax.with_extra_args_support(optimizer)
+        updates, opt_state = moved.update(grads, state.opt_state, state.params, finite=finite)
+        keep = functools.partial(
+            # What lies in host memory has been kept already, see train/offload.py.
+            jax.tree.map,
+            lambda new, old: new if lies_on_host(new) else jnp.where(finite, new, old),
+        )
         coefficient = state.entropy_coef
         if entropy_target > 0:
             moved = update_coefficient(coefficient, metrics["actor/entropy"], entropy_target)
