@@ -1,7 +1,8 @@
-"""AdamW whose moments lie in host memory: a parameter's come to the device for its own update and leave it again."""
+"""AdamW whose moments lie in host memory and come to the device one layer at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,52 +12,48 @@ import optax
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
-def adamw_on_host(
-    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, eps: float = 1e-8
-) -> optax.GradientTransformationExtraArgs:
-    """optax.adamw, bit for bit and with its state's tree, one parameter after the other.
+@dataclasses.dataclass(frozen=True)
+class AdamWOnHost:
+    """Global-norm clip and AdamW as optax computes them, with their state's tree, the moments in pinned host memory."""
 
-    Its update wants `finite`, a scalar: where that is False the moments stay as they are. To do that afterwards, as for
-    what lies on the device, would bring them there twice.
+    rate: optax.Schedule
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+    eps: float = 1e-8
 
-    Args:
-        rate: learning rate by update.
-        b1: decay of the mean.
-        b2: decay of the mean square.
-        weight_decay: of every parameter.
-        eps: added to the root of the mean square.
-    """
-    plain = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-
-    def init(params: Any) -> Any:
+    def init(self, params: Any) -> Any:
+        """The state of optax.chain(clip_by_global_norm, adamw)."""
+        plain = optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adamw(self.rate))
         return jax.tree.map(lambda x: jax.device_put(x, HOST) if x.ndim else x, plain.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        adam, decay, schedule = state
+    def apply(self, grads: Any, state: Any, params: Any, finite: jax.Array) -> tuple[Any, Any]:
+        """New parameters and state; both as they were where `finite` is False."""
+        clip, (adam, decay, schedule) = state
+        norm = optax.global_norm(grads)
         count = optax.safe_increment(adam.count)
-        corrections = 1 - b1**count, 1 - b2**count
-        step = -jnp.asarray(rate(schedule.count), jnp.float32)
-        finite = done = extra["finite"]
+        corrections = 1 - self.b1**count, 1 - self.b2**count
+        step = -jnp.asarray(self.rate(schedule.count), jnp.float32)
 
         def one(grad: jax.Array, param: jax.Array, *moments: jax.Array) -> tuple[jax.Array, ...]:
-            nonlocal done
-            # Without the barriers all moments are on the device at once: nothing else says that one has to wait.
-            moments, done = jax.lax.optimization_barrier((moments, done))
-            old = [jax.device_put(x, DEVICE) for x in moments]
-            mean, square = new = (1 - b1) * grad + b1 * old[0], (1 - b2) * grad**2 + b2 * old[1]
-            direction = mean / corrections[0] / (jnp.sqrt(square / corrections[1]) + eps) + weight_decay * param
-            kept = [jnp.where(finite, *pair) for pair in zip(new, old, strict=True)]
-            kept, done = jax.lax.optimization_barrier((kept, done))
-            return step * direction, *(jax.device_put(x, HOST) for x in kept)
+            grad = jnp.where(norm < self.clip_norm, grad, grad / norm * self.clip_norm)
+            mean, square = old = [jax.device_put(x, DEVICE) for x in moments]
+            mean, square = (1 - self.b1) * grad + self.b1 * mean, (1 - self.b2) * grad**2 + self.b2 * square
+            direction = mean / corrections[0] / (jnp.sqrt(square / corrections[1]) + self.eps)
+            moved = param + step * (direction + self.weight_decay * param)
+            moved, *new = (jnp.where(finite, a, b) for a, b in zip((moved, mean, square), (param, *old), strict=True))
+            return moved, *(jax.device_put(x, HOST) for x in new)
 
-        both = jax.tree.map(one, updates, params, adam.mu, adam.nu)
-        moved, mu, nu = jax.tree.transpose(jax.tree.structure(params), None, both)
-        schedule = schedule._replace(count=optax.safe_increment(schedule.count))
-        return moved, (adam._replace(count=count, mu=mu, nu=nu), decay, schedule)
+        def several(trees: Any) -> Any:
+            return jax.tree.transpose(jax.tree.structure(trees[0]), None, jax.tree.map(one, *trees))
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def lies_on_host(x: jax.Array) -> bool:
-    """Whether an array, traced or not, is in host memory."""
-    return jax.typeof(x).memory_space == HOST
+        # The layers are stacked, and taken in a loop: nothing less keeps their moments from coming all at once.
+        trees = grads, params, adam.mu, adam.nu
+        rest = several([{name: x for name, x in tree.items() if name != "layers"} for tree in trees])
+        _, layers = jax.lax.scan(lambda _, layer: (None, several(layer)), None, tuple(tree["layers"] for tree in trees))
+        params, mu, nu = (part | {"layers": stack} for part, stack in zip(rest, layers, strict=True))
+        # What is skipped does not count either.
+        moved, followed = (jnp.where(finite, optax.safe_increment(n), n) for n in (adam.count, schedule.count))
+        adam, schedule = adam._replace(count=moved, mu=mu, nu=nu), schedule._replace(count=followed)
+        return params, (clip, (adam, decay, schedule))
