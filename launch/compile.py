@@ -103,9 +103,7 @@ def plan(config: Config, devices: Any, *, layers: int = 0) -> Plan:
         behaviour=behaviour,
         gradients_summed=not reinforced and behaviour.sft_gradients_summed,
     )
-    made = jax.eval_shape(lambda p: states.create(p, optimizer), qwen.abstract_params(model))
-    where = sharding.shardings(made, mesh)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made, where)
+    state = states.abstract(qwen.abstract_params(model), optimizer, mesh)
     micro_batches = most_micro_batches(sequences, packing.rows)
     shape, spec = (micro_batches, packing.rows, packing.length), NamedSharding(mesh, sharding.P(None, *sharding.TOKENS))
     like, _ = workload.packed(np.array([2]), rows=1, length=2)

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from launch import assemble, command
 from launch.phases import Parts, run_rl, run_sft
 from launch.world import World, open_world
@@ -29,7 +27,6 @@ from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
-from open_agentrl_jax.parallel.sharding import shardings
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.telemetry.report import write_report
 from open_agentrl_jax.telemetry.screen import Screen, curve
@@ -51,17 +48,7 @@ def updates_of(config: Config, conversations: int, problems: int) -> tuple[int, 
 def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[], states.TrainState]:
     """What gives a phase's state as shapes and shardings, to restore into."""
 
-    def shapes() -> states.TrainState:
-        optimizer = states.make_optimizer(optim, updates)
-        made = jax.eval_shape(lambda params: states.create(params, optimizer), policy.params)
-        if policy.mesh is None:
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            where = jax.tree.map(lambda _: here, made)
-        else:
-            where = shardings(made, policy.mesh)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made, where)
-
-    return shapes
+    return lambda: states.abstract(policy.params, states.make_optimizer(optim, updates), policy.mesh)
 
 
 def main(config: Config) -> int:

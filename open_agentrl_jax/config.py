@@ -62,6 +62,7 @@ class Optim:
     clip_norm: float = 1.0
     schedule: str = "constant"  # "constant" | "cosine"
     warmup: float = 0.0  # share of the steps (below 1) or a number of steps
+    offload: bool = False  # moments lie in host memory; a parameter's are on the device for its own update only
 
 
 @dataclasses.dataclass
@@ -357,6 +358,8 @@ RESUMABLE = (
     "run_dir",
     "mesh",
     "packing",
+    "sft.optim.offload",
+    "rl.optim.offload",
     "checkpoint",
     "telemetry",
     "rollout.servers",

@@ -40,7 +40,7 @@ def test_the_papers_numbers():
     assert {field: lookup(config, field) for field in expected} == expected
     sft = importlib.import_module("configs.qwen3_4b_sft").get_config().sft
     assert (sft.max_length, sft.batch_size, sft.epochs) == (32768, 32, 5)
-    assert dataclasses.astuple(sft.optim) == (1e-5, 0.9, 0.95, 0.01, 1.0, "cosine", 0.1)
+    assert dataclasses.astuple(sft.optim) == (1e-5, 0.9, 0.95, 0.01, 1.0, "cosine", 0.1, False)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,8 @@ def test_faults_are_named(change, told):
 def test_fingerprint_ignores_what_a_continuation_may_change():
     a, b = Config(), Config()
     b.rl.steps, b.run_dir, b.checkpoint.every = 99, "elsewhere", 1
+    assert fingerprint(a) == fingerprint(b)
+    b.rl.optim.offload = True
     assert fingerprint(a) == fingerprint(b)
     b.rl.samples = 3
     assert fingerprint(a) != fingerprint(b)

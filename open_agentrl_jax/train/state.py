@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import numpy as np
 import optax
 
 from open_agentrl_jax.config import Optim
+from open_agentrl_jax.parallel.sharding import shardings
+from open_agentrl_jax.train.offload import HOST, AdamWOnHost
 
 
 @jax.tree_util.register_dataclass
@@ -44,15 +47,52 @@ def rates(optim: Optim, updates: int) -> np.ndarray:
     return np.asarray(jax.vmap(schedule(optim, updates))(jnp.arange(max(updates, 1))))
 
 
-def make_optimizer(optim: Optim, updates: int) -> optax.GradientTransformation:
+Optimizer = optax.GradientTransformation | AdamWOnHost
+
+
+def make_optimizer(optim: Optim, updates: int) -> Optimizer:
     """Global-norm clip, then AdamW; every parameter decays, as in torch's AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(schedule(optim, updates), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay),
-    )
+    rate, b1, b2, decay = schedule(optim, updates), optim.b1, optim.b2, optim.weight_decay
+    if optim.offload:
+        return AdamWOnHost(rate, b1, b2, decay, optim.clip_norm)
+    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay)
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
 
 
-def create(params: Any, optimizer: optax.GradientTransformation, *, entropy_coef: float = 0.0) -> TrainState:
+def update(optimizer: Optimizer, grads: Any, state: TrainState, finite: jax.Array) -> tuple[Any, Any]:
+    """New parameters and optimizer state; both as they were where `finite` is False."""
+    if isinstance(optimizer, AdamWOnHost):
+        return optimizer.apply(grads, state.opt_state, state.params, finite)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    return keep(optax.apply_updates(state.params, updates), state.params), keep(opt_state, state.opt_state)
+
+
+def create(params: Any, optimizer: Optimizer, *, entropy_coef: float = 0.0) -> TrainState:
     """A state at update 0 around `params`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), zero, zero + 0, jnp.asarray(entropy_coef, jnp.float32))
+
+
+def abstract(params: Any, optimizer: Optimizer, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings and memory kinds, to restore into or to compile for.
+
+    Args:
+        params: arrays or ShapeDtypeStructs.
+        optimizer: of `make_optimizer`.
+        mesh: None: the first device.
+    """
+    traced = jax.jit(lambda p: create(p, optimizer)).trace(params)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = jax.tree.map(lambda _: here, traced.out_info)
+    else:
+        where = shardings(traced.out_info, mesh)
+
+    def leaf(made: Any, sharding: Any, aval: Any) -> jax.ShapeDtypeStruct:
+        if aval.memory_space == HOST:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding)
+
+    avals = jax.tree.structure(traced.out_info).unflatten(traced.jaxpr.out_avals)
+    return jax.tree.map(leaf, traced.out_info, where, avals)

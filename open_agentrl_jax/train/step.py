@@ -26,7 +26,7 @@ from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import P, constrain
 from open_agentrl_jax.train.packing import Batch
-from open_agentrl_jax.train.state import TrainState
+from open_agentrl_jax.train.state import Optimizer, TrainState, update
 
 Metrics = dict[str, Any]
 
@@ -159,7 +159,7 @@ def make_score(
 
 def make_step(
     model_config: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     *,
     temperature: float = 1.0,
@@ -215,15 +215,14 @@ def make_step(
         grads = jax.tree.map(jax.freeze, sums)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        params, opt_state = update(optimizer, grads, state, finite)
         coefficient = state.entropy_coef
         if entropy_target > 0:
             moved = update_coefficient(coefficient, metrics["actor/entropy"], entropy_target)
             coefficient = jnp.where(finite, moved, coefficient)
         new = TrainState(
-            params=keep(optax.apply_updates(state.params, updates), state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             updates=state.updates + 1,
             skipped=state.skipped + (1 - finite.astype(jnp.int32)),
             entropy_coef=coefficient,

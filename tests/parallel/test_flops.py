@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.parallel import flops
 
 
@@ -23,6 +24,22 @@ def test_loops_count_as_often_as_they_run_and_what_is_computed_again_counts_agai
     assert forward == 6 * product
     both = _of(jax.grad(layers, argnums=(0, 1)), (2, 8), (6, 8, 8)).products
     assert both == 4 * forward  # forward, forward again, and two products a layer backward
+
+
+def test_what_rematerialisation_saves_is_not_counted_again():
+    """JAX leaves a call without results where all of them were saved, as those of the attention's kernel are."""
+    places = jnp.arange(256)[None]
+
+    def layer(q, k, v):
+        return jnp.sin(attention(jnp.sin(q), k, v, jnp.ones_like(places), places, backend="splash")).sum()
+
+    def products(policy):
+        of_all = jax.grad(jax.checkpoint(layer, policy=policy), argnums=(0, 1, 2))
+        return _of(of_all, (1, 256, 2, 32), (1, 256, 1, 32), (1, 256, 1, 32)).kernels / (2 * 256 * 256 * 2 * 32)
+
+    policies = jax.checkpoint_policies
+    assert products(policies.nothing_saveable) == 2 + 2 + 7  # forward, forward again, backward
+    assert products(policies.save_only_these_names("attention")) == 2 + 7
 
 
 def test_kernels_count_every_step_of_their_grid_and_branches_the_dearest():

@@ -9,7 +9,7 @@ from open_agentrl_jax.config import Loss, Optim
 from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.mesh import make_mesh
-from open_agentrl_jax.parallel.sharding import placer, shardings
+from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.packing import pack
 from open_agentrl_jax.train.step import make_score, make_step, policy_gradient
@@ -40,16 +40,17 @@ LOSSES = {
     "covariance": Loss(policy="kl_cov"),
 }
 CASES = [
-    ("token level", (2, 4, 1, 1)),
-    ("token level", (1, 2, 2, 2)),
-    ("every term", (2, 1, 2, 2)),
-    ("covariance", (1, 4, 2, 1)),
+    ("token level", (2, 4, 1, 1), False),
+    ("token level", (1, 2, 2, 2), False),
+    ("token level", (1, 2, 2, 2), True),
+    ("every term", (2, 1, 2, 2), False),
+    ("covariance", (1, 4, 2, 1), False),
 ]
 
 
-def updated(loss, mesh):
-    """Scores and the state after one update, on the host."""
-    optimizer = states.make_optimizer(Optim(lr=1e-2), 10)
+def updated(loss, mesh, offload=False):
+    """Scores and the state after one update, on the host; and whether all lies where it should."""
+    optimizer = states.make_optimizer(Optim(lr=1e-2, offload=offload), 10)
     step = make_step(MODEL, optimizer, policy_gradient(loss, width=16), chunk=16)
     score = make_score(MODEL, chunk=16)
     batch, used = pack(examples(24), rows=8, length=24)
@@ -60,9 +61,8 @@ def updated(loss, mesh):
     batch = placer(mesh)(batch)
     scores = score(params, batch, np.int32(used))
     state, metrics = step(state, batch, np.int32(used))
-    placed = mesh is None or jax.tree.all(
-        jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings(state, mesh))
-    )
+    like = states.abstract(params, optimizer, mesh)
+    placed = jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), state, like))
     return jax.device_get((scores, state.params, metrics)), placed
 
 
@@ -74,13 +74,13 @@ def difference(a, b):
 def main():
     alone = {name: updated(loss, None)[0] for name, loss in LOSSES.items()}
     cases = []
-    for name, sizes in CASES:
+    for name, sizes, offload in CASES:
         mesh = make_mesh(*sizes)
         with jax.set_mesh(mesh):
-            got, placed = updated(LOSSES[name], mesh)
+            got, placed = updated(LOSSES[name], mesh, offload)
         names = ("scores", "params", "metrics")
         cases.append(
-            {"loss": name, "mesh": sizes, "placed": placed}
+            {"loss": name, "mesh": sizes, "offload": offload, "placed": placed}
             | {part: difference(a, b) for part, a, b in zip(names, got, alone[name], strict=True)}
         )
     print(json.dumps(cases))

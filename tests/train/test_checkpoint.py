@@ -42,6 +42,20 @@ def test_what_is_saved_comes_back_bit_for_bit_and_old_ones_go(three):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_run_may_take_its_moments_to_the_host_or_back(tmp_path, offload):
+    before, after = (states.make_optimizer(Optim(offload=o), 10) for o in (not offload, offload))
+    params = qwen.init(MODEL, 1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, saved := states.create(params, before), Progress("rl", 1))
+    checkpoints.wait()
+    state, _ = checkpoints.restore({"rl": lambda: states.abstract(params, after, None)})
+    checkpoints.close()
+    equal(state, saved)
+    moments = state.opt_state[1][0].mu
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {"pinned_host" if offload else "device"}
+
+
 # Reading a damaged folder fails in the middle: orbax leaves its other readers unawaited.
 abandoned = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

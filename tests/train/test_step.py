@@ -124,6 +124,27 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.opt_state))
 
 
+def test_moments_in_host_memory_change_no_bit():
+    """Three updates, the second of which is skipped; the moments stay where they are."""
+    batch, used = pack(examples(4), rows=2, length=28)
+    spoilt = dataclasses.replace(batch, advantages=np.where(batch.mask, np.inf, 0).astype(np.float32))
+
+    def after(offload):
+        optimizer = states.make_optimizer(Optim(lr=1e-2, warmup=2, offload=offload), 10)
+        step = make_step(MODEL, optimizer, policy_gradient(Loss(), width=16))
+        state = states.create(qwen.init(MODEL, 0), optimizer)
+        for each in (batch, spoilt, batch):
+            state, _ = step(state, jax.tree.map(jnp.asarray, each), np.int32(used))
+        assert int(state.skipped) == 1
+        return state
+
+    here, there = after(False), after(True)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+    kinds = {x.ndim > 0: x.sharding.memory_kind for x in jax.tree.leaves(there.opt_state)}
+    assert kinds == {True: "pinned_host", False: "device"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((here, there.params))} == {"device"}
+
+
 def test_one_gradient_is_held_however_many_micro_batches_there_are():
     """Accumulated in the backward pass itself; beside a sum of its own it would be two (2.3 times the parameters)."""
     model = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=512, num_layers=6, remat="full")
