@@ -70,7 +70,8 @@ def shape_of(config: Config, layers: int = 0) -> ModelConfig:
       layers: > 0: so many instead of all.
     """
     dtype = config.model.compute_dtype
-    run_time: dict[str, Any] = {"compute_dtype": "bfloat16" if dtype == "auto" else dtype, "remat": config.model.remat}
+    run_time: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    run_time["compute_dtype"] = "bfloat16" if dtype == "auto" else dtype
     if (Path(config.model.path) / "config.json").exists():
         model = ModelConfig.from_hf(config.model.path, **run_time)
     else:
