@@ -99,8 +99,8 @@ def pick(t: int, head_dim: int, dtype: jnp.dtype) -> str:
     """The backend for rows of which a device holds t tokens."""
     if platform() == "tpu" and block_size(t):
         return "splash"
-    # Wider tiles would not fit a multiprocessor's shared memory.
-    if platform() == "gpu" and head_dim * dtype.itemsize <= 256:
+    # What fits a multiprocessor's registers and shared memory.
+    if platform() == "gpu" and head_dim <= 128 and dtype.itemsize == 2:
         return "triton"
     return "blockwise"
 

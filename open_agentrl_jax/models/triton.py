@@ -87,13 +87,14 @@ def _attend(q, k, v, queries: Where, keys: Where, scale: float, tiles: Tiles, in
 
 
 def _forward(q, k, v, queries: Where, keys: Where, scale: float, tiles: Tiles, interpret: bool):
-    b, t, h = q.shape[:3]
+    b, t, h, D = q.shape
     tile = tiles.forward
     low, high = bounds(_pairs(queries, keys, tile))
     o, lse = _call(
         functools.partial(_forward_kernel, tile=tile, scale=scale),
         tile,
         grid=(t // tile.queries, h, b),
+        flops=2 * 2 * b * h * t * k.shape[1] * D,
         inputs=(*_spans(low, high), *_tokens(queries, tile.queries), *_tokens(keys), *_heads(q, k, v, tile.queries)),
         outputs=[_heads_of(q, tile.queries), (jax.ShapeDtypeStruct((b, h, t), jnp.float32), _row_of(tile.queries))],
         interpret=interpret,
@@ -114,6 +115,7 @@ def _backward(scale: float, tiles: Tiles, interpret: bool, saved, d_o: jax.Array
         functools.partial(_by_query_kernel, tile=tile, scale=scale),
         tile,
         grid=(t // tile.queries, h, b),
+        flops=2 * 3 * b * h * t * s * D,
         inputs=(
             *_spans(low, high),
             *_tokens(queries, tile.queries),
@@ -135,6 +137,7 @@ def _backward(scale: float, tiles: Tiles, interpret: bool, saved, d_o: jax.Array
         functools.partial(_by_key_kernel, tile=tile, scale=scale),
         tile,
         grid=(s // tile.keys, K, b),
+        flops=2 * 4 * b * h * t * s * D,
         inputs=(
             *_spans(low, high),
             *_tokens(queries),
@@ -193,7 +196,7 @@ def _row_of(block: int):
     return pl.BlockSpec((None, None, block), lambda i, n, b: (b, n, i))
 
 
-def _call(kernel: Callable[..., None], tile: Tile, *, grid, inputs, outputs, interpret: bool) -> Any:
+def _call(kernel: Callable[..., None], tile: Tile, *, grid, flops: int, inputs, outputs, interpret: bool) -> Any:
     from jax.experimental.pallas import triton as compiler
 
     arrays, in_specs = zip(*inputs, strict=True)
@@ -206,6 +209,8 @@ def _call(kernel: Callable[..., None], tile: Tile, *, grid, inputs, outputs, int
         out_shape=shapes,
         compiler_params=compiler.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
+        # Of the whole square of scores: how much of it is walked, the rows tell.
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0),
         name=kernel.func.__name__.strip("_"),  # pyright: ignore[reportFunctionMemberAccess]
     )(*arrays)
 

@@ -153,7 +153,8 @@ def test_the_backend_of_a_gpu_follows_the_width(monkeypatch):
         module.attention(x, x, x, ones, ones, backend="cudnn")
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     assert module.pick(23040, 128, jnp.dtype("bfloat16")) == "triton"
-    assert module.pick(100, 64, jnp.dtype("float32")) == "triton"
+    assert module.pick(100, 64, jnp.dtype("bfloat16")) == "triton"
+    assert module.pick(23040, 256, jnp.dtype("bfloat16")) == "blockwise"
     assert module.pick(23040, 128, jnp.dtype("float32")) == "blockwise"
     with pytest.raises(UserError, match="attention=cudnn: computes in bfloat16"):
         module.attention(x, x, x, ones, ones, backend="cudnn")
