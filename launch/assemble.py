@@ -97,7 +97,8 @@ def load_policy(config: Config, directory: Path) -> Policy:
     if mesh is not None:
         jax.set_mesh(mesh)
     model_config, params = hf.load_pretrained(resolved, mesh, "float32")
-    model_config = dataclasses.replace(model_config, compute_dtype=dtype, remat=config.model.remat)
+    how = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
+    model_config = dataclasses.replace(model_config, **how)
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {model_config.vocab_size};"

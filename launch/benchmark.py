@@ -10,6 +10,7 @@ BENCHMARKS = {
     "sandbox": "launch.benchmark_sandbox",  # calls a second, latency and CPU time of the Python tool
     "rollout": "launch.benchmark_rollout",  # the path around SGLang servers against their own speed; refit; overlap
     "memory": "launch.benchmark_memory",  # the chunked head against all logits at once
+    "gpu": "launch.benchmark_gpu",  # attention, products, an update and decoding on an NVIDIA GPU
     "scaling": "launch.benchmark_scaling",  # an update against length, rows, devices and width
 }
 

@@ -1,10 +1,11 @@
-"""Compile a config's real train step for a TPU pod, on a machine that has none; nothing is executed.
+"""Compile a config's real train step for a TPU pod or for GPUs, on a machine that has none; nothing is executed.
 
     python -m launch.compile --topology=v5p:2x2x1 --config=configs/qwen3_4b_grpo_tcr.py
 
-needs jax[tpu] of the version that trains, no TPU. It tells the bytes of each device, whether they fit, floating-point
-operations, what travels between devices, and a bound on the time of a step. It fails (exit code 1) where the program
-does not fit or where gradients are all-reduced instead of reduce-scattered.
+needs jax[tpu] of the version that trains, no TPU; --topology=h200:1 needs jax[cuda12], neither a GPU nor its driver. It
+tells the bytes of each device, whether they fit, floating-point operations, what travels between devices, and a bound
+on the time of a step. It fails (exit code 1) where the program does not fit or where gradients are all-reduced instead
+of reduce-scattered.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from launch import assemble, command, workload
+from launch import assemble, command, gpu_topology, workload
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.models import qwen, splash
-from open_agentrl_jax.models.attention import row_parts
+from open_agentrl_jax.models import qwen, splash, triton
+from open_agentrl_jax.models.attention import pick, row_parts
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import chips, flops, hlo, sharding
@@ -70,7 +71,8 @@ def shape_of(config: Config, layers: int = 0) -> ModelConfig:
       layers: > 0: so many instead of all.
     """
     dtype = config.model.compute_dtype
-    run_time: dict[str, Any] = {"compute_dtype": "bfloat16" if dtype == "auto" else dtype, "remat": config.model.remat}
+    run_time: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    run_time["compute_dtype"] = "bfloat16" if dtype == "auto" else dtype
     if (Path(config.model.path) / "config.json").exists():
         model = ModelConfig.from_hf(config.model.path, **run_time)
     else:
@@ -131,7 +133,7 @@ def smallest_matrix(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
 
 
 @functools.cache
-def attention_shares(length: int, parts: int) -> dict[str, float]:
+def attention_shares(length: int, parts: int, block: int) -> dict[str, float]:
     """Blocks that attention computes, as a share of the whole square of scores, on packed rows of agentic lengths.
 
     Returns:
@@ -140,7 +142,6 @@ def attention_shares(length: int, parts: int) -> dict[str, float]:
     """
     sizes = workload.lengths(256, mean=min(4096, length // 4), cap=length)
     batch, used = workload.packed(sizes, rows=1, length=length)
-    block = splash.block_size(length // parts) or length // parts
     n = length // block
 
     @jax.jit
@@ -156,6 +157,13 @@ def attention_shares(length: int, parts: int) -> dict[str, float]:
         "slowest": float(runs.reshape(used, parts, -1).sum(-1).max(-1).mean() * parts / n**2),
         "exact": float(seen / length**2),
     }
+
+
+def backend_of(made: Plan, length: int) -> str:
+    """The attention of the step, whose rows have this length on a device."""
+    with jax.set_mesh(made.mesh):
+        found = pick(length, made.model.head_dim, np.dtype(made.model.compute_dtype))
+    return found if made.model.attention == "auto" else made.model.attention
 
 
 def report(
@@ -180,8 +188,10 @@ def report(
     }
     travels = hlo.collectives(compiled.as_text(), dict(mesh.shape))
     whole = flops.count(traced.jaxpr)
-    shares = attention_shares(made.length, row_parts(model.num_kv_heads, mesh))
-    backend = "splash" if whole.kernels else "blockwise"
+    parts = row_parts(model.num_kv_heads, mesh)
+    backend = backend_of(made, made.length // parts)
+    block = triton.TILES.forward.queries if chip.gpu else splash.block_size(made.length // parts)
+    shares = attention_shares(made.length, parts, block or made.length // parts)
     matrices = sum(x.size for x in jax.tree.leaves(state.params) if x.ndim > 1)
     tokens = made.rows * made.length
     compute = (whole.products + whole.kernels * shares["slowest"]) / devices / chip.flops
@@ -271,7 +281,9 @@ def compile_for(config: Config, topology: str, *, layers: int = 0) -> tuple[dict
 
 
 def topology_devices(name: str) -> Any:
-    """The devices of a TPU topology that need not be there."""
+    """The devices of a topology that need not be there."""
+    if chips.chip(name).gpu:
+        return gpu_topology.devices(name)
     from jax.experimental import topologies
 
     for variable, value in {
@@ -303,7 +315,9 @@ def main(config: Config, topology: str, layers: int, out: str) -> int:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    flags.DEFINE_string("topology", "v5p:2x2x1", "a TPU topology: v5p:2x2x1, v6e:2x4, v5e:8x8 ...")
+    flags.DEFINE_string(
+        "topology", "v5p:2x2x1", "v5p:2x2x1, v6e:2x4, v5e:8x8 ... or GPUs of one machine: h200:1, h100:8"
+    )
     flags.DEFINE_integer("layers", 0, "so many layers instead of all, to try something fast")
     flags.DEFINE_string("out", "", "also write the numbers to this file, as JSON")
     load = command.config_flag()

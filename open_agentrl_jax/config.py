@@ -37,6 +37,7 @@ class Model:
     tokenizer: str = ""  # empty: the folder of `path`, or one trained on the synthetic corpus for a `new` model
     compute_dtype: str = "auto"  # "auto" (bfloat16 on an accelerator, float32 on CPU) | "float32" | "bfloat16"
     remat: str = "none"  # a name of models.qwen's table of rematerialisation policies
+    attention: str = "auto"  # "auto" (by platform, shape and dtype) or a name of models.attention's table of backends
     new: NewModel = dataclasses.field(default_factory=NewModel)
 
 

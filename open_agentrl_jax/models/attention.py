@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.blocks import Where, bounds, needed
+from open_agentrl_jax.models.cudnn import cudnn
 from open_agentrl_jax.models.splash import block_size, splash
+from open_agentrl_jax.models.triton import triton
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.types import UserError
 
 _NEVER = -1e30  # a score no softmax sees; finite, so that a row without any visible key gives no NaN
 
@@ -34,8 +37,8 @@ def attention(
     """Causal attention within each segment of packed rows.
 
     A token sees the tokens of its own segment whose position is not greater than its own; segment 0 is padding, whose
-    output is zero. Rows are as packing makes them, segments contiguous and in order; "plain" and "blockwise" are right
-    for any other order too.
+    output is zero. Rows are as packing makes them, segments contiguous and in order; "plain", "blockwise" and "triton"
+    are right for any other order too.
 
     On a mesh each device computes its own rows and heads. Over `seq` a part of the places is exchanged for a part of
     the heads (Jacobs et al., arXiv 2309.14509): all devices then have whole rows, and the same work. Where `seq` does
@@ -54,7 +57,7 @@ def attention(
     """
     mesh, where = current_mesh(), Where(jnp.asarray(segment_ids), jnp.asarray(positions))
     parts = row_parts(k.shape[2], mesh)
-    compute = BACKENDS[pick(q.shape[1] // parts) if backend == "auto" else backend]
+    compute = BACKENDS[pick(q.shape[1] // parts, q.shape[3], q.dtype) if backend == "auto" else backend]
     if mesh is None:
         return compute(q, k, v, where, where)
 
@@ -92,13 +95,18 @@ def _whole_rows(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def pick(t: int) -> str:
+def pick(t: int, head_dim: int, dtype: jnp.dtype) -> str:
     """The backend for rows of which a device holds t tokens."""
-    return "splash" if platform() == "tpu" and block_size(t) else "blockwise"
+    if platform() == "tpu" and block_size(t):
+        return "splash"
+    # What fits a multiprocessor's registers and shared memory.
+    if platform() == "gpu" and head_dim <= 128 and dtype.itemsize == 2:
+        return "triton"
+    return "blockwise"
 
 
 def platform() -> str:
-    """What is compiled for: "tpu", "cuda" or "cpu"; that of the mesh, which may be a machine that is not here."""
+    """What is compiled for: "tpu", "gpu" or "cpu"; that of the mesh, which may be a machine that is not here."""
     mesh = current_mesh()
     device = None if mesh is None else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -151,7 +159,29 @@ def on_tpu(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where
     return splash(q, k, v, queries, keys, interpret=platform() != "tpu")
 
 
-BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "splash": on_tpu}
+def on_gpu(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:
+    """Triton kernels; elsewhere than on a GPU they are interpreted, which is slow and for tests."""
+    return triton(q, k, v, queries, keys, interpret=platform() != "gpu")
+
+
+def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:
+    """cuDNN for what it takes, the Triton kernels for parts of rows and for rows of very many segments."""
+    if platform() != "gpu":
+        raise UserError("model.attention=cudnn: runs on NVIDIA GPUs alone; use auto")
+    if q.dtype.itemsize > 2:
+        raise UserError("model.attention=cudnn: computes in bfloat16; set model.compute_dtype=bfloat16 or use auto")
+    if q.shape[1] != k.shape[1]:
+        return on_gpu(q, k, v, queries, keys)
+    return cudnn(q, k, v, queries, keys, otherwise=on_gpu)
+
+
+BACKENDS: dict[str, Backend] = {
+    "plain": plain,
+    "blockwise": blockwise,
+    "splash": on_tpu,
+    "triton": on_gpu,
+    "cudnn": by_cudnn,
+}
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:

@@ -13,6 +13,8 @@ from open_agentrl_jax.types import UserError
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "attention", "offload")
+ATTENTION = ("auto", "plain", "blockwise", "splash", "triton", "cudnn")
+RUN_TIME = ("compute_dtype", "remat", "attention")  # fields that say how a model is run; no config.json holds them
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What the architecture can express and this code does not compute: field -> the values that mean "unused".
@@ -26,10 +28,11 @@ _UNUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One dense Qwen2.5 or Qwen3 model. `compute_dtype` and `remat` say how it is run, the rest what it is.
+    """One dense Qwen2.5 or Qwen3 model. The fields of RUN_TIME say how it is run, the rest what it is.
 
     `remat` is what the backward pass computes again: "none"; "full" (all but each layer's input); "dots" (all but the
     matrix products); "attention" (all but the attention's output); "offload" (full, the inputs kept in host memory).
+    `attention` is a name of models/attention.py's table of backends; "auto" lets it choose.
     """
 
     model_type: str
@@ -50,6 +53,7 @@ class ModelConfig:
     pad_id: int | None = None
     compute_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         _check(self)
@@ -70,7 +74,7 @@ class ModelConfig:
 
         Args:
           source: what to read.
-          **run_time: `compute_dtype` and `remat`, which no config.json holds.
+          **run_time: the fields of RUN_TIME.
 
         Raises:
           UserError: a missing or malformed file or field, another architecture, or a feature that is not computed.
@@ -208,6 +212,7 @@ def _check(c: ModelConfig) -> None:
         raise UserError(f"num_kv_heads: {c.num_kv_heads} must divide num_heads {c.num_heads}")
     if c.head_dim % 2:
         raise UserError(f"head_dim: {c.head_dim} must be even, rotary embeddings turn pairs")
-    for field, allowed in (("model_type", tuple(ARCHITECTURES)), ("compute_dtype", DTYPES), ("remat", REMAT)):
+    kinds = {"model_type": tuple(ARCHITECTURES), "compute_dtype": DTYPES, "remat": REMAT, "attention": ATTENTION}
+    for field, allowed in kinds.items():
         if getattr(c, field) not in allowed:
             raise UserError(f"{field}: {getattr(c, field)!r} is unknown; use one of {', '.join(allowed)}")

@@ -143,7 +143,7 @@ def forward(
 
     Args:
       params: see the head of this file.
-      model_config: its compute_dtype and remat say how to run.
+      model_config: its compute_dtype, remat and attention say how to run.
       tokens: [b t].
       positions: [b t], from 0 in each segment.
       segment_ids: [b t], equal within a segment; 0 is padding.
@@ -152,7 +152,7 @@ def forward(
     segment_ids, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (segment_ids, positions))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
-        return attention(q, k, v, segment_ids, positions), cache
+        return attention(q, k, v, segment_ids, positions, backend=model_config.attention), cache
 
     return run_layers(params, model_config, tokens, positions, attend)[0]
 

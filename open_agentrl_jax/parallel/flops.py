@@ -13,7 +13,7 @@ class Flops:
     """Twice the multiply-adds of matrix products, over all devices; a loop of unknown length counts once."""
 
     products: float = 0.0
-    kernels: float = 0.0  # inside Pallas kernels, as if every step of their grids computed
+    kernels: float = 0.0  # inside Pallas kernels, as they estimate it, else as if every step of their grids computed
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.products + other.products, self.kernels + other.kernels)
@@ -32,8 +32,9 @@ def count(jaxpr: Any) -> Flops:
         if name == "dot_general":
             total += Flops(_product(equation))
         elif name == "pallas_call":
-            cell = count(params["jaxpr"])
-            total += Flops(0.0, cell.products * math.prod(params["grid_mapping"].grid))
+            cell, steps = count(params["jaxpr"]), math.prod(params["grid_mapping"].grid)
+            estimate = params.get("cost_estimate")
+            total += Flops(0.0, estimate.flops if estimate else cell.products * steps)
         elif name == "cond":
             total += max((count(branch) for branch in params["branches"]), key=lambda f: f.products + f.kernels)
         else:

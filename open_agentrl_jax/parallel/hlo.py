@@ -61,14 +61,17 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             groups = _groups(rest)
             axes, ways = _axes(groups, mesh)
             arrays = [_bytes(array) for array in shape.strip("()").split(", ")]
-            whole = ways if kind == "reduce-scatter" else 1  # its operand is what counts
+            if "-start(" in line and kind != "all-reduce":
+                # It holds what it takes, then what it gives; of both the larger counts. A permutation has more behind.
+                n = 1 if kind == "collective-permute" else len(arrays) // 2
+                arrays = max(arrays[:n], arrays[n : 2 * n], key=sum)
+            elif kind == "reduce-scatter":
+                arrays = [size * ways for size in arrays]  # its operand is what counts
             if kind == "all-reduce" and scatters:
                 kind = "reduce-scatter"
-            # A start holds what it takes and what it gives; of both the larger counts.
-            size = (max(arrays) if "-start(" in line else sum(arrays)) * whole
             source = re.search(r'op_name="([^"]*)"', line)
             source = source.group(1) if source else name
-            found.append(Collective(kind, axes, int(size), int(max(arrays) * whole), times, ways, source))
+            found.append(Collective(kind, axes, int(sum(arrays)), int(max(arrays)), times, ways, source))
     return found
 
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from open_agentrl_jax.models import decode, hf, qwen
-from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.config import RUN_TIME, ModelConfig
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.slots import Prefill, Request, Slots
 from open_agentrl_jax.types import Completion, Sampling, UserError
@@ -140,7 +140,8 @@ class LocalEngine:
           UserError: the folder at `path` cannot be read or holds another model.
         """
         config, params = await asyncio.to_thread(hf.load_pretrained, path, None, self.config.compute_dtype)
-        if dataclasses.replace(config, compute_dtype=self.config.compute_dtype, remat="none") != self.config:
+        run_time = {name: getattr(self.config, name) for name in RUN_TIME}
+        if dataclasses.replace(config, **run_time) != self.config:
             raise UserError(f"{path}: config.json: another model than the engine's; give an export of the same model")
         await asyncio.to_thread(self.set_params, params, version)
 

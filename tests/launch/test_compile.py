@@ -28,7 +28,7 @@ def test_the_shape_is_that_of_the_name_where_the_model_is_not_here():
 
 
 def test_rows_of_short_sequences_pay_for_what_is_there():
-    shares = module.attention_shares(23040, 4)
+    shares = module.attention_shares(23040, 4, 640)
     assert shares["exact"] < shares["packed"] < shares["causal"]
     assert shares["packed"] < shares["slowest"]  # the part with the row's end has more to do than the mean
 

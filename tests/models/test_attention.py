@@ -152,9 +152,10 @@ def test_splash_runs_what_is_needed_and_fetches_what_comes_next():
 
 
 def test_the_backend_follows_the_platform_and_the_length():
-    assert module.pick(23040) == "blockwise"  # a CPU
+    half = jnp.dtype("bfloat16")
+    assert module.pick(23040, 128, half) == "blockwise"  # a CPU
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "platform", lambda: "tpu")
-        assert module.pick(23040) == "splash"
-        assert module.pick(100) == "blockwise"
+        assert module.pick(23040, 128, half) == "splash"
+        assert module.pick(100, 128, half) == "blockwise"
     assert [splash.block_size(t) for t in (23040, 11520, 5760, 128, 130, 64)] == [768, 768, 640, 128, None, None]

@@ -79,3 +79,20 @@ def test_unknown_chips_are_refused():
     assert chips.chip("v5p:2x2x1").hbm > 95 * 2**30
     with pytest.raises(UserError, match="unknown kind 'v9x'"):
         chips.chip("v9x:2x2")
+
+
+def test_a_start_of_several_arrays_counts_what_is_larger_of_taken_and_given():
+    # As the GPU compiler writes them: ((taken ...), (given ...)); an all-reduce has one list, the collectives are async.
+    text = """
+ENTRY %main.1 (p: f32[2]) -> f32[2] {
+  %rs = ((bf16[64,16]{1,0}, f32[32]{0}), (bf16[16,16]{1,0}, f32[8]{0})) reduce-scatter-start(%a, %b), replica_groups={{0,2,4,6},{1,3,5,7}}
+  %ag = ((bf16[16,16]{1,0}, f32[8]{0}), (bf16[64,16]{1,0}, /*index=1*/f32[32]{0})) all-gather-start(%c, %d), replica_groups={{0,2,4,6},{1,3,5,7}}
+  %ar = (f32[64]{0}, f32[16]{0}) all-reduce-start(%u, %v), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add.1
+}
+"""  # noqa: E501
+    both = 64 * 16 * 2 + 32 * 4
+    assert [(c.kind, c.bytes, c.largest) for c in hlo.collectives(text, MESH)] == [
+        ("reduce-scatter", both, 64 * 16 * 2),
+        ("all-gather", both, 64 * 16 * 2),
+        ("all-reduce", 80 * 4, 64 * 4),
+    ]
