@@ -39,12 +39,12 @@ def test_what_a_step_reads_is_counted_from_the_shapes():
 
 def test_operations_of_prefill_are_those_that_jax_traces():
     """Against a count of the traced products of one chunk, whose scores are a whole square and not a triangle."""
-    from open_agentrl_jax.models import decode
+    from open_agentrl_jax.models import decode, kv
     from open_agentrl_jax.parallel import flops
 
     config, n = ModelConfig(**TINY), 8
     at = [jax.ShapeDtypeStruct((1,), "int32")] * 3
-    cache = jax.eval_shape(lambda: decode.init_cache(config, 1, n))
+    cache = jax.eval_shape(lambda: kv.init_cache(config, 1, n))
     tokens = jax.ShapeDtypeStruct((1, n), "int32")
     traced = jax.make_jaxpr(decode.extend, static_argnums=1)(qwen.abstract_params(config), config, cache, tokens, *at)
     square, triangle = n * n, n * (n + 1) / 2
