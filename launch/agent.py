@@ -106,7 +106,11 @@ def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int 
     # Several questions and answers make one prompt here, where training has one problem.
     config.agent.max_prompt = min(context - config.agent.max_response, max(8192, config.agent.max_prompt))
     engine = LocalEngine(
-        policy.params, policy.config, slots=slots, max_length=config.agent.max_prompt + config.agent.max_response
+        policy.params,
+        policy.config,
+        slots=slots,
+        max_length=config.agent.max_prompt + config.agent.max_response,
+        mesh=policy.mesh,
     )
     world = open_world(config)
     name = Path(hf.resolve(model)).absolute()

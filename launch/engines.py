@@ -39,6 +39,8 @@ def open_generation(config: Config, policy: Policy, loop: EventLoop, directory: 
 def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
     from open_agentrl_jax.rollout.local import LocalEngine
 
+    # Devices of other processes cannot generate for this one alone: there it takes the whole weights, on one device.
+    mesh = policy.mesh if jax.process_count() == 1 else None
     params = processes.whole(policy.params)
     if not processes.first():
         return _followed(lambda params, version: processes.whole(params))
@@ -48,6 +50,7 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
         slots=config.rollout.slots,
         max_length=config.agent.max_prompt + config.agent.max_response,
         decode_chunk=config.rollout.decode_chunk,
+        mesh=mesh,
     )
     engine.warmup()
 

@@ -20,6 +20,7 @@ from open_agentrl_jax.config import Config
 from open_agentrl_jax.data.loader import task_stream
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import processes
+from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.rollout.scheduler import EventLoop, Frontier, Scheduler
 from open_agentrl_jax.telemetry.metrics import rollout_metrics
@@ -250,15 +251,23 @@ def functions(parts: Parts, optimizer: Any) -> Functions:
     """The compiled parts of RL."""
     config, model, loss = parts.config, parts.policy.config, parts.config.rl.loss
     temperature = config.rollout.temperature
-    return Functions(
-        step=make_step(
-            model,
-            optimizer,
-            policy_gradient(loss, width=config.agent.max_response),
-            entropy_target=loss.entropy_target,
-            behaviour=BEHAVIOURS[config.behaviour],
-            temperature=temperature,
-        ),
-        score=make_score(model, temperature=temperature),
-        place=placer(parts.policy.mesh),
+
+    def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, never handed to the devices of a mesh at once with what the embedded engine computes on it."""
+
+        def call(*arguments: Any) -> Any:
+            with launching:
+                return function(*arguments)
+
+        return function if parts.policy.mesh is None else call
+
+    step = make_step(
+        model,
+        optimizer,
+        policy_gradient(loss, width=config.agent.max_response),
+        entropy_target=loss.entropy_target,
+        behaviour=BEHAVIOURS[config.behaviour],
+        temperature=temperature,
     )
+    score = make_score(model, temperature=temperature)
+    return Functions(step=in_turn(step), score=in_turn(score), place=placer(parts.policy.mesh))

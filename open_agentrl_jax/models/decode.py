@@ -1,14 +1,15 @@
-"""Generation: the key-value cache of s slots, the cached forward pass, sampling, several decode steps in one dispatch.
+"""Generation: the cached forward pass, sampling, several decode steps in one dispatch.
 
 What a row computes depends on nothing but the parameters, its own slot and its own arguments: rows never mix, each is
 reduced in an order that its own positions decide, and a block of the cache that a row does not see adds exactly
 nothing. So tokens and log-probs do not change a bit with the slot, with the other rows, or with when they came.
+
+On a mesh (`jax.set_mesh`) all devices have all rows; parameters lie as the trainer's, slots as models/kv.py says.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,20 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.models.qwen import Params, logits, run_layers
+from open_agentrl_jax.models.kv import Cache, by_owner, each_row, write
+from open_agentrl_jax.models.linear import GENERATION, at_rest
+from open_agentrl_jax.models.qwen import Params, run_layers
 
 STOPS = 8  # stop ids a row may have
 
 Array = jax.Array | np.ndarray  # on the device, and what the host makes of it
 
 _NEVER = -1e30  # a score no softmax sees; finite, so that no difference of two is NaN
-
-
-class Cache(NamedTuple):
-    """Keys (turned by their position) and values in blocks of n positions, as the products of attention read them."""
-
-    k: jax.Array  # [l blocks s k D n]
-    v: jax.Array  # [l blocks s k n D]
 
 
 class Rows(NamedTuple):
@@ -57,20 +53,6 @@ class Sampled(NamedTuple):
     steps: Array  # [] int32, how many steps were computed
 
 
-def block_size(length: int) -> int:
-    """How many positions attention reads at a time: at least 32, and at most 16 blocks in all."""
-    return max(32, 1 << max(0, math.ceil(length / 16) - 1).bit_length())
-
-
-def init_cache(model_config: ModelConfig, slots: int, length: int) -> Cache:
-    """An empty cache in the compute dtype, of `length` positions rounded up to whole blocks."""
-    c, block = model_config, block_size(length)
-    shape = (c.num_layers, -(-length // block), slots, c.num_kv_heads)
-    return Cache(
-        jnp.zeros((*shape, c.head_dim, block), c.compute_dtype), jnp.zeros((*shape, block, c.head_dim), c.compute_dtype)
-    )
-
-
 def extend(
     params: Params,
     model_config: ModelConfig,
@@ -79,6 +61,8 @@ def extend(
     slots: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
+    *,
+    aligned: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """The forward pass of tokens that follow what their slots hold.
 
@@ -90,20 +74,20 @@ def extend(
       slots: [p]; one out of range writes nothing.
       starts: [p], the position of each row's first token.
       counts: [p], how many tokens of the row are real; the others write nothing.
+      aligned: on a mesh, row i is of slot i, or it does nothing.
 
     Returns:
       hidden [p c d] after the final norm, and the cache with the new keys and values.
     """
-    p, c = tokens.shape
-    block = cache.k.shape[-1]
+    c, block = tokens.shape[1], cache.k.shape[-1]
     offsets = jnp.arange(c)
     positions = starts[:, None] + offsets
     alive = (slots < cache.k.shape[2]) & (counts > 0)
     blocks = (jnp.max(jnp.where(alive, starts, 0)) + block - 1) // block
-    own = jnp.broadcast_to(offsets[:, None] >= offsets, (p, c, c))
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, Cache]:
-        heads, size = k.shape[2], k.shape[3]
+    def mix(q, k, v, cache: Cache, slots, starts, layer, blocks) -> jax.Array:
+        p, _, heads, size = k.shape
+        own = jnp.broadcast_to(jnp.arange(c)[:, None] >= jnp.arange(c), (p, c, c))
         q = q.reshape(p, c, heads, -1, size).swapaxes(1, 2)  # [p k c g D]
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [p k c D]
 
@@ -130,15 +114,15 @@ def extend(
 
         _, total, mixed = jax.lax.fori_loop(0, blocks, body, see(None, k.swapaxes(2, 3), v, own))
         mixed = (mixed / total[..., None]).astype(q.dtype)
-        return mixed.swapaxes(1, 2).reshape(p, c, -1, size), Cache(k, v)
+        return mixed.swapaxes(1, 2).reshape(p, c, -1, size)
 
-    hidden, new = run_layers(params, model_config, tokens, positions, attend, jnp.arange(model_config.num_layers))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, Cache]:
+        return by_owner(mix, aligned=aligned)(q, k, v, cache, slots, starts, layer, blocks), Cache(k, v)
+
+    layers = jnp.arange(model_config.num_layers)
+    hidden, new = run_layers(params, model_config, tokens, positions, attend, layers, way=GENERATION)
     at = jnp.where(offsets < counts[:, None], positions // block, cache.k.shape[1])  # out of range is dropped
-    to, within = slots[:, None], positions % block
-    values = [jnp.moveaxis(x, (1, 3), (0, 1)) for x in new]  # [p c l k D]
-    k = cache.k.at[:, at, to, :, :, within].set(values[0], mode="drop")
-    v = cache.v.at[:, at, to, :, within].set(values[1], mode="drop")
-    return hidden, Cache(k, v)
+    return hidden, write(cache, new, slots, at, positions % block)
 
 
 @functools.partial(jax.jit, static_argnames="model_config", donate_argnames="cache")
@@ -157,7 +141,10 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("model_config", "steps"), donate_argnames="cache")
 def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, steps: int) -> tuple[Cache, Sampled]:
-    """Sample up to `steps` tokens in every row; ends early when all rows have finished."""
+    """Sample up to `steps` tokens in every row; ends early when all rows have finished.
+
+    On a mesh there are as many rows as slots, row i for slot i.
+    """
     slots, a = cache.k.shape[2], rows.slot.shape[0]
 
     def unfinished(state) -> jax.Array:
@@ -166,14 +153,14 @@ def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, 
     def step(state):
         i, cache, rows, tokens, logprobs, count = state
         alive = rows.left > 0
-        hidden, cache = extend(
-            params, model_config, cache, rows.token[:, None], rows.slot, rows.position, alive.astype(jnp.int32)
-        )
+        at = rows.slot, rows.position, alive.astype(jnp.int32)
+        hidden, cache = extend(params, model_config, cache, rows.token[:, None], *at, aligned=True)
         # The head gets as many rows as there are slots: the last bit of some matrix products depends on their number.
         # The barriers keep XLA from cutting the padding off again.
         hidden = jax.lax.optimization_barrier(jnp.pad(hidden, ((0, slots - a), (0, 0), (0, 0))))
-        scores = jax.lax.optimization_barrier(logits(params, model_config, hidden))
-        token, logprob = sample(scores[:a, 0], rows)
+        head = params["embed"].T if model_config.tie_word_embeddings else params["head"]
+        scores = jax.lax.optimization_barrier(at_rest(hidden, head.astype(hidden.dtype), jnp.float32))
+        token, logprob = each_row(sample)(scores[:a, 0], rows)
         stopped = jnp.any(token[:, None] == rows.stop, axis=-1)
         rows = rows._replace(
             token=jnp.where(alive, token, rows.token),
@@ -267,34 +254,3 @@ def truncate(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     goal = top_p * weights.sum(axis=-1)
     kept &= order >= kept_from(top_p < 1, lambda kept: jnp.where(kept, weights, 0).sum(axis=-1) >= goal)
     return jnp.where(kept, scores, -jnp.inf)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def copy_slots(cache: Cache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> Cache:
-    """One after the other, the first `count` of slots `targets` [s] become copies of `sources` [s]."""
-
-    def copy(i: jax.Array, cache: Cache) -> Cache:
-        return _put(cache, targets[i], _take(cache, sources[i]))
-
-    return jax.lax.fori_loop(0, count, copy, cache)
-
-
-@jax.jit
-def read_slot(cache: Cache, slot: jax.Array) -> Cache:
-    """One slot of the cache."""
-    return _take(cache, slot)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def write_slot(cache: Cache, slot: jax.Array, values: Cache) -> Cache:
-    """The cache with one slot replaced."""
-    return _put(cache, slot, values)
-
-
-def _take(cache: Cache, slot: jax.Array) -> Cache:
-    return Cache(*(jax.lax.dynamic_index_in_dim(of, slot, 2, keepdims=False) for of in cache))
-
-
-def _put(cache: Cache, slot: jax.Array, values: Cache) -> Cache:
-    pairs = zip(cache, values, strict=True)
-    return Cache(*(jax.lax.dynamic_update_index_in_dim(of, value, slot, 2) for of, value in pairs))

@@ -1,13 +1,21 @@
-"""The matrix products of a layer, their layouts on a mesh, and a backward pass without transposed copies."""
+"""The matrix products of a layer, their layouts on a mesh, and a backward pass without transposed copies.
+
+There are two ways to compute layers on a mesh. In TRAINING rows are split over the devices and come with thousands of
+tokens: parameters travel, gathered layer by layer. In GENERATION there are a few tokens and all weights are read for
+each of them: parameters stay where the trainer has them, every device has all rows, multiplies them with its part and
+the parts of the sums are added up. Without a mesh both compute the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from open_agentrl_jax.parallel import sharding
+from open_agentrl_jax.parallel.mesh import current_mesh
 
 
 def _linear(x_spec: jax.sharding.PartitionSpec, y_spec: jax.sharding.PartitionSpec):
@@ -34,3 +42,47 @@ def _linear(x_spec: jax.sharding.PartitionSpec, y_spec: jax.sharding.PartitionSp
 # From the stream [b t d] to heads or hidden units, and back; on a mesh `tensor` splits the wide side.
 widen: Callable[[jax.Array, jax.Array], jax.Array] = _linear(sharding.HIDDEN, sharding.WIDE)
 narrow: Callable[[jax.Array, jax.Array], jax.Array] = _linear(sharding.WIDE, sharding.HIDDEN)
+
+
+class Way(NamedTuple):
+    """How layers are computed on a mesh."""
+
+    layout: sharding.Layout  # of activations
+    take: Callable[[str, jax.Array], jax.Array]  # (path, parameter of one layer, cast) -> as products take it
+    look_up: Callable[[jax.Array, jax.Array], jax.Array]  # (embed [v d], tokens [b t]) -> [b t d], laid out as `wide`
+    widen: Callable[[jax.Array, jax.Array], jax.Array]
+    narrow: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _gather(name: str, weight: jax.Array) -> jax.Array:
+    return sharding.gather(name, weight, stacked=False)
+
+
+def _look_up_gathered(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+    return sharding.gather("embed", embed).at[tokens].get(out_sharding=sharding.out(sharding.WIDE))
+
+
+def _look_up_at_rest(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+    if current_mesh() is None:
+        return embed.at[tokens].get()
+
+    def local(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+        at = tokens - jax.lax.axis_index(sharding.PARTS) * len(embed)
+        mine = (at >= 0) & (at < len(embed))
+        return jax.lax.psum(jnp.where(mine[..., None], embed[jnp.where(mine, at, 0)], 0), sharding.PARTS)
+
+    specs = sharding.spec("embed"), sharding.WHOLE.tokens
+    return jax.shard_map(local, in_specs=specs, out_specs=sharding.WHOLE.wide, check_vma=False)(embed, tokens)
+
+
+def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """x [b t i], however it lies, times w [i o] where it lies -> y [b t o], split as o is; in `dtype`, if given."""
+    spec = None
+    if current_mesh() is not None:
+        inner, outer = jax.typeof(w).sharding.spec
+        x, spec = jax.reshard(x, sharding.P(None, None, inner)), sharding.P(None, None, outer)
+    return jnp.einsum("bti,io->bto", x, w, preferred_element_type=dtype, out_sharding=spec)
+
+
+TRAINING = Way(sharding.SPLIT, _gather, _look_up_gathered, widen, narrow)
+GENERATION = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.models.linear import narrow, widen
+from open_agentrl_jax.models.linear import TRAINING, Way
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.types import UserError
 
@@ -59,21 +59,24 @@ class Block(nnx.Module):
             self.q_norm, self.k_norm = nnx.Param(jnp.ones(c.head_dim)), nnx.Param(jnp.ones(c.head_dim))
         self.config = c
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: Any):
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: Any, way: Way):
         """x [b t d] -> (x [b t d], what `attend` returned second)."""
-        q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope)
+        q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope, way)
         mixed, cache = attend(q, k, v, cache)
-        mixed = mixed.reshape(*x.shape[:2], -1, out_sharding=sharding.out(sharding.WIDE))
-        x = x + narrow(mixed, self.o[...])
+        mixed = mixed.reshape(*x.shape[:2], -1, out_sharding=sharding.out(way.layout.wide))
+        x = x + way.narrow(mixed, self.o[...])
         y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        return x + narrow(jax.nn.silu(widen(y, self.gate[...])) * widen(y, self.up[...]), self.down[...]), cache
+        wide = jax.nn.silu(way.widen(y, self.gate[...])) * way.widen(y, self.up[...])
+        return x + way.narrow(wide, self.down[...]), cache
 
-    def _heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], way: Way
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         c = self.config
-        q, k, v = (widen(x, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (way.widen(x, w[...]) for w in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = (y + bias[...] for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
-        shape, spec = (*x.shape[:2], -1, c.head_dim), sharding.out(sharding.HEADS)
+        shape, spec = (*x.shape[:2], -1, c.head_dim), sharding.out(way.layout.heads)
         q, k, v = (y.astype(x.dtype).reshape(shape, out_sharding=spec) for y in (q, k, v))
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], c.rms_norm_eps), rms_norm(k, self.k_norm[...], c.rms_norm_eps)
@@ -164,6 +167,8 @@ def run_layers(
     positions: jax.Array,
     attend: Attend,
     cache: Any = None,
+    *,
+    way: Way = TRAINING,
 ) -> tuple[jax.Array, Any]:
     """Embedding, all layers and the final norm, with the attention given from outside.
 
@@ -175,25 +180,25 @@ def run_layers(
       attend: (q [b t h D], k [b t k D], v [b t k D], layer_cache) -> (o [b t h D], new), called once a layer inside the
         scan. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
+      way: what travels on a mesh, see models/linear.py; without a mesh it changes nothing.
 
     Returns:
       hidden [b t d] after the final norm, and every layer's `new` stacked [l ...].
     """
     dtype = jnp.dtype(model_config.compute_dtype)
     graph = _block_graph(model_config)
-    tokens, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (tokens, positions))
+    tokens, positions = (sharding.constrain(jnp.asarray(x), way.layout.tokens) for x in (tokens, positions))
     rope = rope_table(positions, model_config)
 
     def layer(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         x = checkpoint_name(x, "layer_input")
-        weights = {name: _prepare(f"layers/{name}", w, dtype) for name, w in of_layer[0].items()}
-        return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1])
+        weights = {name: _prepare(f"layers/{name}", w, dtype, way) for name, w in of_layer[0].items()}
+        return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way)
 
     if model_config.remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[model_config.remat], prevent_cse=False)
     # Looked up in float32: the gradient of a frequent token is a sum of thousands, which bfloat16 would stop short.
-    x = sharding.gather("embed", params["embed"]).at[tokens].get(out_sharding=sharding.out(sharding.WIDE))
-    x = sharding.constrain(x.astype(dtype), sharding.HIDDEN)
+    x = sharding.constrain(way.look_up(params["embed"], tokens).astype(dtype), way.layout.hidden)
     x, new = jax.lax.scan(layer, x, (params["layers"], cache))
     return rms_norm(x, params["norm"], model_config.rms_norm_eps), new
 
@@ -233,7 +238,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype, way: Way) -> jax.Array:
     # Norms and biases stay float32, so that their gradients are summed over the tokens in it. A matrix is cast first:
     # what travels between devices is in the compute dtype.
     if weight.ndim == 1:
@@ -242,7 +247,7 @@ def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # The same rounding, said twice: a bare cast TPU compilers take out of the loops, and hold all layers cast.
         precision = jnp.finfo(dtype)
         weight = jax.lax.reduce_precision(weight, precision.nexp, precision.nmant).astype(dtype)
-    return sharding.gather(name, weight, stacked=False)
+    return way.take(name, weight)
 
 
 def _pure(module: nnx.Module) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from jax.sharding import AxisType, Mesh
 from open_agentrl_jax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
+# Held while a program is handed to the devices of a mesh, where another thread does so too: did two programs come to
+# two devices in different order, the collectives of each would wait for the other.
+launching = threading.RLock()
 
 
 def make_mesh(

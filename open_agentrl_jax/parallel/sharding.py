@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +43,21 @@ TOKENS = P(BATCH, "seq")  # [b t]
 HIDDEN = P(BATCH, "seq", None)  # [b t d]
 WIDE = P(BATCH, "seq", "tensor")  # [b t f] and [b t v]
 HEADS = P(BATCH, "seq", "tensor", None)  # [b t h D]
+
+
+class Layout(NamedTuple):
+    """How activations lie."""
+
+    tokens: jax.sharding.PartitionSpec
+    hidden: jax.sharding.PartitionSpec
+    wide: jax.sharding.PartitionSpec
+    heads: jax.sharding.PartitionSpec
+
+
+SPLIT = Layout(TOKENS, HIDDEN, WIDE, HEADS)  # rows over the devices: what trains
+# Every device has all rows: what generates. The cache's slots are split over every axis but `tensor`.
+WHOLE = Layout(P(None, None), P(None, None, None), P(None, None, "tensor"), P(None, None, "tensor", None))
+SLOTS = ("data", "fsdp", "seq")
 _REDUCED = frozenset({"data", "fsdp", "seq"})  # every axis the batch is split over
 
 
@@ -86,11 +101,11 @@ def check_divides(
     """Raise a UserError where an axis of `shape` does not divide by the mesh axes that split it."""
     if len(spec) > len(shape):
         raise UserError(f"sharding: {name}: shape {shape} has {len(shape)} axes, the table has {len(spec)}")
-    for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
-        names = _names(names)
-        ways = math.prod(mesh.shape[n] for n in names)
+    for axis, (size, part) in enumerate(zip(shape, spec, strict=False)):
+        axes = names(part)
+        ways = math.prod(mesh.shape[n] for n in axes)
         if size % ways:
-            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in names if mesh.shape[n] > 1)
+            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in axes if mesh.shape[n] > 1)
             raise UserError(
                 f"sharding: {name}: axis {axis} of {shape} is {size}, which does not divide by {sizes}; "
                 f"choose mesh sizes whose product divides {size}"
@@ -121,7 +136,7 @@ def gather(name: str, x: jax.Array, *, stacked: bool = True) -> jax.Array:
     if current_mesh() is None:
         return x
     kept = spec(name) if stacked or not name.startswith("layers/") else P(*spec(name)[1:])
-    if not any(set(PARTS) & set(_names(part)) for part in kept):
+    if not any(set(PARTS) & set(names(part)) for part in kept):
         return x  # norms and biases: tiny, and an elementwise product takes no reduced operand
     return gather_as(x, P(*(_without(PARTS, part) for part in kept)))
 
@@ -146,12 +161,13 @@ def unreduced(x: jax.Array) -> jax.sharding.PartitionSpec | None:
     return P(*spec.partitions, unreduced=spec.reduced)
 
 
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that split an axis, by its part of a spec."""
     return (part,) if isinstance(part, str) else part or ()
 
 
 def _without(axes: str | tuple[str, ...], part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    left = tuple(n for n in _names(part) if n not in _names(axes))
+    left = tuple(n for n in names(part) if n not in names(axes))
     return left[0] if len(left) == 1 else left or None
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from open_agentrl_jax.models import decode, hf, qwen
+from open_agentrl_jax.models import decode, hf, kv, qwen
 from open_agentrl_jax.models.config import RUN_TIME, ModelConfig
+from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.slots import Prefill, Request, Slots
 from open_agentrl_jax.types import Completion, Sampling, UserError
@@ -48,7 +49,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class LocalEngine:
-    """Generates on a device of this process; follows `rollout.engine.Engine`.
+    """Generates on one device of this process or on a mesh of them; follows `rollout.engine.Engine`.
 
     One thread owns the cache. Methods may be called from any thread, the coroutines from any event loop.
     """
@@ -64,21 +65,23 @@ class LocalEngine:
         decode_chunk: int = 8,
         prefill_chunks: Sequence[int] = (16, 64, 256, 1024),
         version: int = 0,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         """Allocates the cache and starts the thread; `warmup` compiles.
 
         Args:
           params: as models.qwen has them; see `set_params`.
           model_config: the model.
-          slots: requests decoded at once.
+          slots: requests decoded at once; on a mesh rounded up to a multiple of data x fsdp x seq.
           max_length: tokens of a sequence, prompt included.
           dtype: of the computation and the cache; the model's compute dtype where None.
           decode_chunk: tokens a request may get before others can join.
           prefill_chunks: lengths that prefill is compiled for; those above half of max_length are left out.
           version: of `params`.
+          mesh: devices of this process to generate on together, laid out as the trainer's; None: one device.
 
         Raises:
-          UserError: a size that cannot be.
+          UserError: a size that cannot be, or a mesh that does not divide the model.
         """
         for name, value in {"slots": slots, "max_length": max_length - 1, "decode_chunk": decode_chunk}.items():
             if value < 1:
@@ -89,13 +92,21 @@ class LocalEngine:
                 f"{model_config.max_position_embeddings}; lower it"
             )
         self.config = dataclasses.replace(model_config, compute_dtype=dtype or model_config.compute_dtype, remat="none")
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        parts = 1 if self._mesh is None else kv.groups(self._mesh)
+        slots = -(-slots // parts) * parts
         self.slots, self.max_length, self.decode_chunk = slots, max_length, decode_chunk
         chunks = sorted(prefill_chunks)
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
         self._expected = qwen.abstract_params(self.config)
         self._counters: collections.Counter[str] = collections.Counter()
-        self._device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self._device, self._shardings = here, jax.tree.map(lambda _: here, self._expected)
+        if self._mesh is not None:
+            self._device, self._shardings = self._mesh, qwen.param_shardings(self.config, self._mesh)
+        # What is dispatched from several threads must come to all devices of a mesh in one order (parallel/mesh.py).
+        self._turn = launching if self._mesh is not None else contextlib.nullcontext()
         self._compiled = 0
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -106,7 +117,7 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
         self._thread.start()
         atexit.register(_close, weakref.ref(self))
-        self._call(self._reset)  # in the thread, where no mesh of the trainer's is set
+        self._call(self._reset)  # in the thread, where no mesh is set but the engine's
         self.set_params(params, version)
         self._compiled = _compilations[self._thread.ident]
 
@@ -139,7 +150,7 @@ class LocalEngine:
         Raises:
           UserError: the folder at `path` cannot be read or holds another model.
         """
-        config, params = await asyncio.to_thread(hf.load_pretrained, path, None, self.config.compute_dtype)
+        config, params = await asyncio.to_thread(hf.load_pretrained, path, self._mesh, self.config.compute_dtype)
         run_time = {name: getattr(self.config, name) for name in RUN_TIME}
         if dataclasses.replace(config, **run_time) != self.config:
             raise UserError(f"{path}: config.json: another model than the engine's; give an export of the same model")
@@ -148,7 +159,8 @@ class LocalEngine:
     def set_params(self, params: qwen.Params, version: int) -> None:
         """Samples from `params` from the next dispatch on; when it returns, the former ones are no longer in use.
 
-        Arrays of the engine's dtype on one device are shared, not copied: do not donate them while anything generates.
+        Arrays of the engine's dtype that lie where it generates, on its device or over its mesh, are shared and not
+        copied: do not donate them while anything generates.
         Requests in flight, and later turns of sessions, go on from the cache they have; each token carries its version.
 
         Raises:
@@ -229,6 +241,10 @@ class LocalEngine:
     # From here on, only the thread.
 
     def _run(self) -> None:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            self._loop()
+
+    def _loop(self) -> None:
         _compilations[threading.get_ident()] = 0  # the number may have been that of a thread before
         while True:
             with self._wake:
@@ -255,7 +271,7 @@ class LocalEngine:
     def _reset(self) -> None:
         """Nothing runs, nothing is held."""
         # Placed like all that comes after it: what is compiled for arrays without a place serves none that have one.
-        self._cache = jax.device_put(decode.init_cache(self.config, self.slots, self.max_length), self._device)
+        self._cache = kv.init_cache(self.config, self.slots, self.max_length, self._device)
         self._forget()
 
     def _forget(self) -> None:
@@ -299,8 +315,9 @@ class LocalEngine:
 
     def _set_params(self, params: qwen.Params, version: int) -> None:
         dtype = np.dtype(self.config.compute_dtype)
-        # The mesh that the arrays come from is the trainer's affair; device_put shares what lies on the device already.
-        self._params = jax.tree.map(lambda x: jax.device_put(x, self._device).astype(dtype), params)
+        # The mesh that the arrays come from is the trainer's affair; device_put shares what lies in its place already.
+        with self._turn:
+            self._params = jax.tree.map(lambda x, s: jax.device_put(x, s).astype(dtype), params, self._shardings)
         self._version = version
         self._books.forget_prompts()
 
@@ -308,20 +325,24 @@ class LocalEngine:
         plan = self._books.admit(self._waiting, self._park)
         self._copy(plan.ready)
         for slot, content in plan.restored:
-            self._cache = decode.write_slot(self._cache, np.int32(slot), content)
+            self._cache = self._dispatch(kv.write_slot, self._cache, np.int32(slot), content)
         self._prefill(plan.prefills)
         self._copy(plan.late)
         self._counters["cached_tokens"] += plan.cached
 
-    def _park(self, slot: int) -> decode.Cache:
+    def _park(self, slot: int) -> kv.Cache:
         self._counters["parked"] += 1
-        return jax.device_get(decode.read_slot(self._cache, np.int32(slot)))
+        return jax.device_get(self._dispatch(kv.read_slot, self._cache, np.int32(slot)))
+
+    def _dispatch(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._turn:
+            return function(*arguments)
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:
         if pairs:
             slots = np.zeros((2, self.slots), np.int32)
             slots[:, : len(pairs)] = np.array(pairs).T
-            self._cache = decode.copy_slots(self._cache, *slots, np.int32(len(pairs)))
+            self._cache = self._dispatch(kv.copy_slots, self._cache, *slots, np.int32(len(pairs)))
 
     def _prefill(self, jobs: list[Prefill]) -> None:
         while jobs:
@@ -331,7 +352,7 @@ class LocalEngine:
                 counts[i] = n = min(job.chunks.pop(0), len(job.tokens))
                 tokens[i, :n], slots[i], starts[i] = job.tokens[:n], job.slot, job.start
                 job.tokens, job.start = job.tokens[n:], job.start + n
-            self._cache = decode.prefill(self._params, self.config, self._cache, *batch)
+            self._cache = self._dispatch(decode.prefill, self._params, self.config, self._cache, *batch)
             self._counters.update(prefill_tokens=int(counts.sum()), dispatches=1)
             jobs = [job for job in jobs if job.chunks]
 
@@ -344,11 +365,16 @@ class LocalEngine:
         slots = np.flatnonzero(self._books.running)
         if not len(slots):
             return
-        size = next(size for size in self._sizes if size >= len(slots))
-        rows = self._books.batch(slots, size)
-        self._cache, out = decode.decode(self._params, self.config, self._cache, rows, self.decode_chunk)
+        if self._mesh is None:
+            size = next(size for size in self._sizes if size >= len(slots))
+            rows, of = self._books.batch(slots, size), slice(len(slots))
+        else:  # each row on the device that has its slot
+            size, rows, of = self.slots, self._books.batch(np.arange(self.slots), self.slots), slots
+        self._cache, out = self._dispatch(
+            decode.decode, self._params, self.config, self._cache, rows, self.decode_chunk
+        )
         out = jax.device_get(out)
-        tokens, logprobs, count, left = (x[..., : len(slots)] for x in out[:4])
+        tokens, logprobs, count, left = (x[..., of] for x in out[:4])
         if not np.isfinite(
             logprobs
         ).all():  # what such a pass leaves in the cache would spoil whoever has the slot next
@@ -363,16 +389,18 @@ class LocalEngine:
         )
 
     def _compile(self) -> None:
-        if jax.default_backend() == "cpu" and len(self._sizes) == 1:
+        if jax.default_backend() == "cpu" and self._mesh is None and len(self._sizes) == 1:
             self._sizes = [size for size in _COMPACT if size < self.slots and self._agrees(size)] + self._sizes
         for size in self._chunks:
-            self._cache = decode.prefill(self._params, self.config, self._cache, *self._empty_prefill(size))
-        content = jax.device_get(decode.read_slot(self._cache, np.int32(0)))
-        self._cache = decode.write_slot(self._cache, np.int32(0), content)
+            empty = self._empty_prefill(size)
+            self._cache = self._dispatch(decode.prefill, self._params, self.config, self._cache, *empty)
+        content = jax.device_get(self._dispatch(kv.read_slot, self._cache, np.int32(0)))
+        self._cache = self._dispatch(kv.write_slot, self._cache, np.int32(0), content)
         self._copy([(0, 0)])
         for size in self._sizes:
             nobody = self._books.batch(np.zeros(0, np.int64), size)
-            self._cache, _ = decode.decode(self._params, self.config, self._cache, nobody, self.decode_chunk)
+            args = self._params, self.config, self._cache, nobody, self.decode_chunk
+            self._cache, _ = self._dispatch(decode.decode, *args)
         self._compiled = _compilations[self._thread.ident]
 
     def _agrees(self, size: int) -> bool:
@@ -387,7 +415,7 @@ class LocalEngine:
         )
 
         def run(rows: decode.Rows) -> decode.Sampled:
-            cache = jax.device_put(decode.Cache(*(x.astype(self.config.compute_dtype) for x in content)), self._device)
+            cache = jax.device_put(kv.Cache(*(x.astype(self.config.compute_dtype) for x in content)), self._device)
             return jax.device_get(decode.decode(self._params, self.config, cache, rows, self.decode_chunk)[1])
 
         some = random.permutation(self.slots)[:size]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from open_agentrl_jax.models import decode, qwen
+from open_agentrl_jax.models import decode, kv, qwen
 from open_agentrl_jax.models.config import ModelConfig
 
 # A wide initialisation: the log-probs must differ from token to token by far more than the tolerance.
@@ -64,7 +64,7 @@ def rows_of(
 def filled(config, prompts, slots=None, chunk=16):
     """A cache in which slot i holds all but the last token of prompts[i]."""
     slots = range(len(prompts)) if slots is None else slots
-    cache = decode.init_cache(config, SLOTS, LENGTH)
+    cache = kv.init_cache(config, SLOTS, LENGTH)
     for slot, prompt in zip(slots, prompts, strict=True):
         for start in range(0, len(prompt) - 1, chunk):
             part = prompt[start : min(start + chunk, len(prompt) - 1)]
@@ -127,7 +127,7 @@ def test_bits_do_not_depend_on_slot_row_or_company():
 def test_prefill_bits_do_not_depend_on_company():
     random = np.random.default_rng(3)
     tokens = random.integers(0, 97, (4, 16)).astype(np.int32)
-    empty = decode.init_cache(QWEN3, SLOTS, LENGTH)
+    empty = kv.init_cache(QWEN3, SLOTS, LENGTH)
     counts = np.array([16, 16, 11, 16], np.int32)
     starts = np.zeros(4, np.int32)
     fill = functools.partial(decode.prefill, params_of(QWEN3), QWEN3)
@@ -169,14 +169,14 @@ def test_stop_ids_and_budget_end_a_row():
 
 def test_slots_are_copied_in_order_and_read_back():
     random = np.random.default_rng(4)
-    empty = decode.init_cache(QWEN3, SLOTS, LENGTH)
+    empty = kv.init_cache(QWEN3, SLOTS, LENGTH)
     content = [random.standard_normal(x.shape, np.float32) for x in empty]
-    cache = decode.Cache(*map(jnp.asarray, content))
-    cache = decode.copy_slots(cache, np.array([0, 1, 9]), np.array([3, 0, 9]), np.int32(2))
-    one = jax.device_get(decode.read_slot(cache, np.int32(3)))
+    cache = kv.Cache(*map(jnp.asarray, content))
+    cache = kv.copy_slots(cache, np.array([0, 1, 9]), np.array([3, 0, 9]), np.int32(2))
+    one = jax.device_get(kv.read_slot(cache, np.int32(3)))
     for got, was in zip(one, content, strict=True):
         assert (got == was[:, :, 0]).all()
-    cache = decode.write_slot(cache, np.int32(5), one)
+    cache = kv.write_slot(cache, np.int32(5), one)
     for got, was in zip(cache, content, strict=True):
         for slot, source in enumerate([1, 1, 2, 0, 4, 0]):
             assert (got[:, :, slot] == was[:, :, source]).all()
@@ -269,6 +269,6 @@ def test_the_draw_depends_on_seed_and_position_alone():
 
 
 def test_blocks_are_few_and_whole():
-    assert [decode.block_size(n) for n in (1, 192, 512, 513, 1024, 20480)] == [32, 32, 32, 64, 64, 2048]
-    cache = decode.init_cache(QWEN3, 2, 70)
+    assert [kv.block_size(n) for n in (1, 192, 512, 513, 1024, 20480)] == [32, 32, 32, 64, 64, 2048]
+    cache = kv.init_cache(QWEN3, 2, 70)
     assert cache.k.shape == (2, 3, 2, 2, 16, 32) and cache.v.shape == (2, 3, 2, 2, 32, 16)

@@ -1,0 +1,184 @@
+"""The key-value cache of s slots, and on a mesh which device holds which of them.
+
+On a mesh a device holds a run of slots and a part of their heads. What is computed for one slot its owner computes;
+the others add zeros, which changes no bit, or get the result. Without a mesh there is one owner and nothing to add.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.parallel import sharding
+from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.parallel.sharding import SLOTS, P
+
+
+class Cache(NamedTuple):
+    """Keys (turned by their position) and values in blocks of n positions, as the products of attention read them."""
+
+    k: Any  # [l blocks s k D n]
+    v: Any  # [l blocks s k n D]
+
+
+ROWS = P(SLOTS)  # one row a slot, where the slot is
+_SLOTS = P(None, None, SLOTS, "tensor", None, None)
+_WHERE = Cache(_SLOTS, _SLOTS)
+_ONE = Cache(*[P(None, None, "tensor", None, None)] * 2)  # a slot, in all devices
+_NEW = Cache(*[P(None, None, None, "tensor", None)] * 2)  # [l p c k D]
+
+
+def groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many runs a mesh cuts the slots."""
+    return math.prod(mesh.shape[axis] for axis in SLOTS)
+
+
+def block_size(length: int) -> int:
+    """How many positions attention reads at a time: at least 32, and at most 16 blocks in all."""
+    return max(32, 1 << max(0, math.ceil(length / 16) - 1).bit_length())
+
+
+def init_cache(model_config: ModelConfig, slots: int, length: int, device: Any = None) -> Cache:
+    """An empty cache in the compute dtype, of `length` positions rounded up to whole blocks.
+
+    Args:
+      model_config: the model.
+      slots: on a mesh a multiple of `groups`.
+      length: of a slot.
+      device: where it shall lie: a mesh, a sharding, or None.
+    """
+    c, block = model_config, block_size(length)
+    shape = (c.num_layers, -(-length // block), slots, c.num_kv_heads)
+    where = jax.NamedSharding(device, _SLOTS) if isinstance(device, jax.sharding.Mesh) else device
+    return Cache(
+        jnp.zeros((*shape, c.head_dim, block), c.compute_dtype, device=where),
+        jnp.zeros((*shape, block, c.head_dim), c.compute_dtype, device=where),
+    )
+
+
+def _owned(slots: jax.Array, count: int) -> jax.Array:
+    """Slots as this device numbers the `count` that it holds; those of others become `count`."""
+    if current_mesh() is None:
+        return slots
+    first = jax.lax.axis_index(SLOTS) * count
+    return jnp.where((slots >= first) & (slots < first + count), slots - first, count)
+
+
+def by_owner(
+    mix: Callable[..., jax.Array], *, aligned: bool
+) -> Callable[[jax.Array, jax.Array, jax.Array, Cache, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Attention of rows, each computed where its slot is, its result in all devices.
+
+    Args:
+      mix: (q [p c h D], k [p c k D], v [p c k D], cache, slots [p], starts [p], layer, blocks) -> [p c h D].
+      aligned: row i is of slot i or does nothing: a device computes its own rows, and no others.
+    """
+    if current_mesh() is None:
+        return mix
+
+    def local(q, k, v, cache: Cache, slots, starts, layer, blocks) -> jax.Array:
+        count = cache.k.shape[2]
+        slots = _owned(slots, count)
+        if aligned:
+            rows = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=jax.lax.axis_index(SLOTS) * count, slice_size=count
+            )
+            mixed = mix(*map(rows, (q, k, v)), cache, rows(slots), rows(starts), layer, blocks)
+            return jax.lax.all_gather(mixed, SLOTS, tiled=True)
+        mixed = mix(q, k, v, cache, slots, starts, layer, blocks)
+        return jax.lax.psum(jnp.where((slots < count)[:, None, None, None], mixed, 0), SLOTS)
+
+    heads = sharding.WHOLE.heads
+    specs = heads, heads, heads, _WHERE, P(None), P(None), P(), P()
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+
+
+def each_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` from arrays [a ...] to arrays [a], each row computed where its slot is, the results in all."""
+    if current_mesh() is None:
+        return function
+    mapped = jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+
+    def split(x: jax.Array) -> jax.Array:
+        # First over the axes that split nothing of it, for which a device drops rows; then the others change sides.
+        rest = jax.typeof(x).sharding.spec[1:]
+        free = tuple(axis for axis in SLOTS if not any(axis in sharding.names(part) for part in rest))
+        x = jax.reshard(x, P(free or None, *rest))
+        return jax.reshard(x, P(SLOTS, *[None] * (x.ndim - 1)))
+
+    def call(*rows: Any) -> Any:
+        return jax.tree.map(lambda x: jax.reshard(x, P(None)), mapped(*jax.tree.map(split, rows)))
+
+    return call
+
+
+def write(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
+    """The cache with new keys and values [l p c k D] of rows of `slots` [p], in block `at` at `within`, both [p c].
+
+    What is out of range is dropped.
+    """
+
+    def local(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
+        to = _owned(slots, cache.k.shape[2])[:, None]
+        values = [jnp.moveaxis(x, (1, 2), (0, 1)) for x in new]  # [p c l k D]
+        k = cache.k.at[:, at, to, :, :, within].set(values[0], mode="drop")
+        return Cache(k, cache.v.at[:, at, to, :, within].set(values[1], mode="drop"))
+
+    return _on_mesh(local, (_WHERE, _NEW, P(None), P(None, None), P(None, None)), _WHERE)(cache, new, slots, at, within)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_slots(cache: Cache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> Cache:
+    """One after the other, the first `count` of slots `targets` [s] become copies of `sources` [s]."""
+
+    def local(cache: Cache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> Cache:
+        def copy(i: jax.Array, cache: Cache) -> Cache:
+            return _put(cache, targets[i], _take(cache, sources[i]))
+
+        return jax.lax.fori_loop(0, count, copy, cache)
+
+    return _on_mesh(local, (_WHERE, P(None), P(None), P()), _WHERE)(cache, sources, targets, count)
+
+
+@jax.jit
+def read_slot(cache: Cache, slot: jax.Array) -> Cache:
+    """One slot of the cache."""
+    return _on_mesh(_take, (_WHERE, P()), _ONE)(cache, slot)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def write_slot(cache: Cache, slot: jax.Array, values: Cache) -> Cache:
+    """The cache with one slot replaced."""
+    return _on_mesh(_put, (_WHERE, P(), _ONE), _WHERE)(cache, slot, values)
+
+
+def _on_mesh(function: Callable[..., Cache], in_specs: Any, out_spec: Any) -> Callable[..., Cache]:
+    if current_mesh() is None:
+        return function
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+    return lambda *arguments: mapped(*jax.tree.map(jax.reshard, arguments, in_specs))
+
+
+def _take(cache: Cache, slot: jax.Array) -> Cache:
+    count = cache.k.shape[2]
+    slot = _owned(slot, count)
+    content = Cache(*(jax.lax.dynamic_index_in_dim(of, slot, 2, keepdims=False) for of in cache))
+    if current_mesh() is None:
+        return content
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(slot < count, x, 0), SLOTS), content)
+
+
+def _put(cache: Cache, slot: jax.Array, values: Cache) -> Cache:
+    count = cache.k.shape[2]
+    slot = _owned(slot, count)
+    if current_mesh() is not None:
+        there = (jax.lax.dynamic_index_in_dim(of, slot, 2, keepdims=False) for of in cache)
+        values = Cache(*(jnp.where(slot < count, x, old) for x, old in zip(values, there, strict=True)))
+    pairs = zip(cache, values, strict=True)
+    return Cache(*(jax.lax.dynamic_update_index_in_dim(of, value, slot, 2) for of, value in pairs))
