@@ -8,6 +8,7 @@ writes its own share of the files, while the next tensors come from the devices.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,7 +37,11 @@ from open_agentrl_jax.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_BYTES = 2**30
-_AHEAD = 3  # tensors between fetching and writing
+_AHEAD = 3  # tensors on their way from the devices
+_WRITERS = min(8, len(os.sched_getaffinity(0)))
+_PIECE = 2**21  # bytes that a writer turns and writes at once: they stay in its cache
+_STRIP = 16  # rows turned at once
+_kept = threading.local()
 _DTYPE = "bfloat16"
 
 
@@ -87,18 +93,23 @@ def publish_weights(
                 for name in (*hf.TOKENIZER_FILES, "generation_config.json"):
                     if (file := hf.resolve(tokenizer_from) / name).exists():
                         shutil.copyfile(file, temporary / name)
-    with _reported(target, temporary), ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(1) as turn:
+    with _reported(target, temporary), ThreadPoolExecutor(_WRITERS) as writers:
+        failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
             if unchanged_from is not None and all(tensor.path in frozen for tensor in tensors):
                 if me == 0:
                     os.link(pathlib.Path(unchanged_from) / name, temporary / name)
                 continue
-            arrays = _fetched_ahead(params, tensors, (fetch, turn))
-            if number % processes == me:
-                _write(temporary / name, tensors, arrays)
-            else:
-                for _ in arrays:
-                    pass  # this process takes part in gathering
+            arrays = _taken(params, tensors, to_host=number % processes == me)
+            try:
+                if number % processes == me and not failures:
+                    _write(temporary / name, tensors, arrays, _turns(params), writers)
+            except OSError as error:
+                failures.append(error)
+            for _ in arrays:
+                pass  # this process takes part in gathering, also where its own disk is full
+        if failures:
+            raise failures[0]
     with _reported(target, temporary):
         if me == 0:
             shutil.rmtree(target, ignore_errors=True)
@@ -192,54 +203,72 @@ def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[hf.Ten
     return {hf.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
-def _fetched_ahead(
-    params: qwen.Params, tensors: list[hf.Tensor], stages: Sequence[ThreadPoolExecutor]
-) -> Iterator[np.ndarray]:
-    """The tensors as files hold them, each valid until the next is asked for.
+def _turns(params: qwen.Params) -> bool:
+    """Whether writers turn the matrices: where the devices are this host's cores numpy does it faster than XLA."""
+    return next(iter(jax.tree.leaves(params)[0].devices())).platform == "cpu"
 
-    While one is used, the next is turned, and the one after fetched. One thread fetches, in the same order in every
-    process: fetching may be a collective.
+
+def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> Iterator[jax.Array]:
+    """The tensors on their devices, a few computed ahead and, `to_host`, on their way; see `_turns` for how they lie.
+
+    One thread asks for them, in the same order in every process: that may be a collective.
     """
-    fetch, turn = stages
-    coming: collections.deque[tuple[Future, bool]] = collections.deque()
-    free: collections.deque[np.ndarray] = collections.deque()
-
-    def turned(fetched: Future) -> np.ndarray:
-        """The transpose, by strips as wide as a cache line and in pages that are there already: each saves a third."""
-        array = fetched.result().view(np.uint16)
-        memory = free.popleft() if free else np.empty(max(tensor.size for tensor in tensors), np.uint16)
-        result = memory[: array.size].reshape(array.shape[::-1])
-        for start in range(0, len(array), 32):
-            result[:, start : start + 32] = array[start : start + 32].T
-        return result
-
-    def taken() -> Iterator[np.ndarray]:
-        future, is_turned = coming.popleft()
-        array = future.result()
-        yield array
-        if is_turned:
-            free.append(array.base)
-
+    coming: collections.deque[jax.Array] = collections.deque()
     for tensor in tensors:
-        fetched, is_turned = fetch.submit(hf.fetch, params, tensor, _DTYPE), hf.TABLE[tensor.path].transposed
-        coming.append((turn.submit(turned, fetched) if is_turned else fetched, is_turned))
+        coming.append(hf.take(params, tensor, _DTYPE, turned=not _turns(params)))
+        if to_host:
+            coming[-1].copy_to_host_async()
         if len(coming) > _AHEAD:
-            yield from taken()
+            yield coming.popleft().block_until_ready()
     while coming:
-        yield from taken()
+        yield coming.popleft().block_until_ready()
 
 
-def _write(path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[np.ndarray]) -> None:
+def _write(
+    path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[jax.Array], turns: bool, writers: ThreadPoolExecutor
+) -> None:
+    """One file, in pieces, by all writers at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + 2 * tensor.size
+        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in tensors:
-            start, end = end, end + 2 * tensor.size
-            header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays:
-            data = np.ascontiguousarray(array).view(np.uint16).reshape(-1).view(np.uint8).data
-            while data:  # a raw file may take a part
-                data = data[file.write(data) :]
+        place = 8 + len(text)
+        running: collections.deque[Future[None]] = collections.deque()
+        try:
+            for tensor, array in zip(tensors, arrays, strict=True):
+                turn = hf.TABLE[tensor.path].transposed and turns
+                row = 2 * tensor.size // tensor.shape[0]
+                rows = max(1, _PIECE // row)
+                for start in range(0, tensor.shape[0], rows):
+                    piece = slice(start, start + rows)
+                    running.append(writers.submit(_put, file.fileno(), place + start * row, array, piece, turn))
+                    if len(running) > 4 * _WRITERS:
+                        running.popleft().result()
+                place += 2 * tensor.size
+            while running:
+                running.popleft().result()
+        finally:
+            concurrent.futures.wait(running)  # the file stays open for them
+
+
+def _put(file: int, place: int, array: jax.Array, rows: slice, turn: bool) -> None:
+    """Writes some rows of a file's tensor at `place`; `turn`: they are columns of `array`."""
+    data = np.asarray(array)
+    if turn:
+        columns = data[:, rows]
+        if not hasattr(_kept, "memory") or _kept.memory.size < columns.size:
+            _kept.memory = np.empty(columns.size, np.uint16)  # touching new memory takes longer than turning
+        block = _kept.memory[: columns.size].reshape(columns.shape[::-1])
+        for start in range(0, len(columns), _STRIP):
+            block[:, start : start + _STRIP] = columns[start : start + _STRIP].T
+    else:
+        block = np.ascontiguousarray(data[rows])
+    left = block.reshape(-1).view(np.uint8).data
+    while left:  # a call may write a part
+        written = os.pwrite(file, left, place)
+        left, place = left[written:], place + written
