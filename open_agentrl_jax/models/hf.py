@@ -322,13 +322,20 @@ def take(params: qwen.Params, tensor: Tensor, dtype: str, *, turned: bool = Fals
 
     With several processes all must call it, in the same order. `turned`: laid out as theirs (see `Entry.transposed`).
     """
-    value: Any = params
-    for key in tensor.path.split("/"):
-        value = value[key]
-    whole = None
+    value, whole = _parameter(params, tensor), None
     if isinstance(value, jax.Array) and isinstance(value.sharding, jax.sharding.NamedSharding):
         whole = jax.sharding.NamedSharding(value.sharding.mesh, jax.P())
     return _taker(dtype, whole, turned and TABLE[tensor.path].transposed)(value, tensor.layer)
+
+
+def look(params: qwen.Params, tensor: Tensor) -> np.ndarray:
+    """One tensor as it lies in this host's memory, in its own dtype and laid out as ours; not to be written to."""
+    value = np.asarray(_parameter(params, tensor))
+    return value if tensor.layer is None else value[tensor.layer]
+
+
+def _parameter(params: qwen.Params, tensor: Tensor) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], tensor.path.split("/"), params)
 
 
 @functools.cache
@@ -347,7 +354,7 @@ def _taker(dtype: str, whole: jax.sharding.NamedSharding | None, transpose: bool
 
 
 def rounded(value: jax.Array) -> jax.Array:
-    """float32 as float32, rounded to what bfloat16 can hold."""
+    """The same in its own dtype, rounded to what bfloat16 can hold."""
     precision = jnp.finfo(jnp.bfloat16)
     return jax.lax.reduce_precision(value, precision.nexp, precision.nmant)
 

@@ -137,7 +137,13 @@ def param_shardings(model_config: ModelConfig, mesh: jax.sharding.Mesh | jax.sha
 
 
 def forward(
-    params: Params, model_config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    params: Params,
+    model_config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    stored: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Hidden states [b t d] after the final norm, in the compute dtype.
 
@@ -147,6 +153,7 @@ def forward(
       tokens: [b t].
       positions: [b t], from 0 in each segment.
       segment_ids: [b t], equal within a segment; 0 is padding.
+      stored: elementwise, of every weight where it is used: what a file that is not as exact would give back.
     """
 
     segment_ids, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (segment_ids, positions))
@@ -154,7 +161,7 @@ def forward(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
         return attention(q, k, v, segment_ids, positions), cache
 
-    return run_layers(params, model_config, tokens, positions, attend)[0]
+    return run_layers(params, model_config, tokens, positions, attend, stored=stored)[0]
 
 
 def run_layers(
@@ -164,6 +171,8 @@ def run_layers(
     positions: jax.Array,
     attend: Attend,
     cache: Any = None,
+    *,
+    stored: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Embedding, all layers and the final norm, with the attention given from outside.
 
@@ -175,27 +184,29 @@ def run_layers(
       attend: (q [b t h D], k [b t k D], v [b t k D], layer_cache) -> (o [b t h D], new), called once a layer inside the
         scan. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
+      stored: see `forward`.
 
     Returns:
       hidden [b t d] after the final norm, and every layer's `new` stacked [l ...].
     """
     dtype = jnp.dtype(model_config.compute_dtype)
+    stored = stored or (lambda weight: weight)
     graph = _block_graph(model_config)
     tokens, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (tokens, positions))
     rope = rope_table(positions, model_config)
 
     def layer(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         x = checkpoint_name(x, "layer_input")
-        weights = {name: _prepare(f"layers/{name}", w, dtype) for name, w in of_layer[0].items()}
+        weights = {name: _prepare(f"layers/{name}", stored(w), dtype) for name, w in of_layer[0].items()}
         return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1])
 
     if model_config.remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[model_config.remat], prevent_cse=False)
     # Looked up in float32: the gradient of a frequent token is a sum of thousands, which bfloat16 would stop short.
     x = sharding.gather("embed", params["embed"]).at[tokens].get(out_sharding=sharding.out(sharding.WIDE))
-    x = sharding.constrain(x.astype(dtype), sharding.HIDDEN)
+    x = sharding.constrain(stored(x).astype(dtype), sharding.HIDDEN)
     x, new = jax.lax.scan(layer, x, (params["layers"], cache))
-    return rms_norm(x, params["norm"], model_config.rms_norm_eps), new
+    return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new
 
 
 def unembedding(params: Params, model_config: ModelConfig) -> jax.Array:

@@ -39,9 +39,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_BYTES = 2**30
 _AHEAD = 3  # tensors on their way from the devices
 _WRITERS = min(8, len(os.sched_getaffinity(0)))
-_PIECE = 2**21  # bytes that a writer turns and writes at once: they stay in its cache
-_STRIP = 16  # rows turned at once
-_kept = threading.local()
+_PIECE = 2**23  # bytes that a writer rounds, turns and writes at once, in memory that it keeps
+_STRIP = 16  # rows turned at once: half a cache line of the result
+_memory = threading.local()
 _DTYPE = "bfloat16"
 
 
@@ -103,7 +103,7 @@ def publish_weights(
             arrays = _taken(params, tensors, to_host=number % processes == me)
             try:
                 if number % processes == me and not failures:
-                    _write(temporary / name, tensors, arrays, _turns(params), writers)
+                    _write(temporary / name, tensors, arrays, writers)
             except OSError as error:
                 failures.append(error)
             for _ in arrays:
@@ -146,10 +146,10 @@ def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Seque
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    params = jax.tree.map(lambda x: x.astype(_DTYPE), params)  # the forward computes in its own dtype, layer by layer
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens))
-    logprobs, _ = token_logprobs(hidden, qwen.unembedding(params, model_config), targets)
+    # Rounded where it is used: no second copy of all parameters, which would take longer than the forward.
+    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens), stored=hf.rounded)
+    logprobs, _ = token_logprobs(hidden, hf.rounded(qwen.unembedding(params, model_config)), targets)
     return (logprobs if current_mesh() is None else jax.reshard(logprobs, jax.P()))[0, :-1]
 
 
@@ -203,19 +203,18 @@ def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[hf.Ten
     return {hf.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
-def _turns(params: qwen.Params) -> bool:
-    """Whether writers turn the matrices: where the devices are this host's cores numpy does it faster than XLA."""
-    return next(iter(jax.tree.leaves(params)[0].devices())).platform == "cpu"
+def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
+    """The tensors: as files hold them, on the devices and, `to_host`, on their way from there, a few computed ahead.
 
-
-def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> Iterator[jax.Array]:
-    """The tensors on their devices, a few computed ahead and, `to_host`, on their way; see `_turns` for how they lie.
-
-    One thread asks for them, in the same order in every process: that may be a collective.
+    One thread asks for them, in the same order in every process: that may be a collective. What lies in this host's
+    memory is only looked at, as it lies there: writers round and turn it without a copy of the whole.
     """
+    if _in_memory(params):
+        yield from (hf.look(params, tensor) for tensor in tensors)
+        return
     coming: collections.deque[jax.Array] = collections.deque()
     for tensor in tensors:
-        coming.append(hf.take(params, tensor, _DTYPE, turned=not _turns(params)))
+        coming.append(hf.take(params, tensor, _DTYPE, turned=True))
         if to_host:
             coming[-1].copy_to_host_async()
         if len(coming) > _AHEAD:
@@ -224,8 +223,13 @@ def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> I
         yield coming.popleft().block_until_ready()
 
 
+def _in_memory(params: qwen.Params) -> bool:
+    devices = {device for leaf in jax.tree.leaves(params) for device in leaf.sharding.device_set}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
+
+
 def _write(
-    path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[jax.Array], turns: bool, writers: ThreadPoolExecutor
+    path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[jax.Array | np.ndarray], writers: ThreadPoolExecutor
 ) -> None:
     """One file, in pieces, by all writers at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -241,12 +245,15 @@ def _write(
         running: collections.deque[Future[None]] = collections.deque()
         try:
             for tensor, array in zip(tensors, arrays, strict=True):
-                turn = hf.TABLE[tensor.path].transposed and turns
                 row = 2 * tensor.size // tensor.shape[0]
                 rows = max(1, _PIECE // row)
                 for start in range(0, tensor.shape[0], rows):
                     piece = slice(start, start + rows)
-                    running.append(writers.submit(_put, file.fileno(), place + start * row, array, piece, turn))
+                    running.append(
+                        writers.submit(
+                            _put, file.fileno(), place + start * row, array, piece, hf.TABLE[tensor.path].transposed
+                        )
+                    )
                     if len(running) > 4 * _WRITERS:
                         running.popleft().result()
                 place += 2 * tensor.size
@@ -256,19 +263,35 @@ def _write(
             concurrent.futures.wait(running)  # the file stays open for them
 
 
-def _put(file: int, place: int, array: jax.Array, rows: slice, turn: bool) -> None:
-    """Writes some rows of a file's tensor at `place`; `turn`: they are columns of `array`."""
-    data = np.asarray(array)
-    if turn:
-        columns = data[:, rows]
-        if not hasattr(_kept, "memory") or _kept.memory.size < columns.size:
-            _kept.memory = np.empty(columns.size, np.uint16)  # touching new memory takes longer than turning
-        block = _kept.memory[: columns.size].reshape(columns.shape[::-1])
-        for start in range(0, len(columns), _STRIP):
-            block[:, start : start + _STRIP] = columns[start : start + _STRIP].T
+def _put(file: int, place: int, array: jax.Array | np.ndarray, rows: slice, transposed: bool) -> None:
+    """Writes some rows of a file's tensor at `place`; a numpy array is as parameters are, not as files are."""
+    if isinstance(array, jax.Array):
+        block = np.ascontiguousarray(np.asarray(array)[rows])
     else:
-        block = np.ascontiguousarray(data[rows])
+        block = _as_filed(array[:, rows] if transposed else array[rows], transposed)
     left = block.reshape(-1).view(np.uint8).data
     while left:  # a call may write a part
         written = os.pwrite(file, left, place)
         left, place = left[written:], place + written
+
+
+def _as_filed(piece: np.ndarray, transposed: bool) -> np.ndarray:
+    """Rounded and turned; valid until the thread's next call. Touching new memory would take longer than both."""
+    rounded = _kept("rounded", piece.shape, jnp.bfloat16)
+    np.copyto(rounded, piece, casting="unsafe")
+    if not transposed:
+        return rounded
+    bits, turned = rounded.view(np.uint16), _kept("turned", piece.shape[::-1], np.uint16)
+    for start in range(0, len(bits), _STRIP):
+        turned[:, start : start + _STRIP] = bits[start : start + _STRIP].T
+    return turned
+
+
+def _kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory of this thread's, with whatever was in it."""
+    size = math.prod(shape)
+    memory = getattr(_memory, name, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(max(size, _PIECE // 2), dtype)
+        setattr(_memory, name, memory)
+    return memory[:size].reshape(shape)
