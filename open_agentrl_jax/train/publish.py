@@ -33,6 +33,7 @@ from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.train import spare
 from open_agentrl_jax.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,10 +85,13 @@ def publish_weights(
     temporary = target.with_name(f".{target.name}.tmp")
     me, processes = _process()
     files = _plan(params, frozen)
+    linked = {
+        name for name, tensors in files.items() if unchanged_from and all(tensor.path in frozen for tensor in tensors)
+    }
     with _reported(target):
         if me == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            spare.reuse(temporary, files.keys() - linked)
             hf.write_configs(temporary, model_config, _DTYPE, list(files.values()))
             if tokenizer_from is not None:
                 for name in (*hf.TOKENIZER_FILES, "generation_config.json"):
@@ -96,7 +100,7 @@ def publish_weights(
     with _reported(target, temporary), ThreadPoolExecutor(_WRITERS) as writers:
         failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
-            if unchanged_from is not None and all(tensor.path in frozen for tensor in tensors):
+            if unchanged_from is not None and name in linked:
                 if me == 0:
                     os.link(pathlib.Path(unchanged_from) / name, temporary / name)
                 continue
@@ -116,7 +120,7 @@ def publish_weights(
             temporary.rename(target)
             kept = sorted(path for path in target.parent.glob("v*") if re.fullmatch(r"v\d{8}", path.name))
             for old in [path for path in kept if path <= target][:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                spare.retire(old)
     return target
 
 
@@ -239,7 +243,8 @@ def _write(
         header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:  # over a spare one, if any
+        file.truncate(8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
         place = 8 + len(text)
         running: collections.deque[Future[None]] = collections.deque()
