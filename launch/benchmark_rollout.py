@@ -22,7 +22,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -220,8 +219,14 @@ def flush(urls: Sequence[str]) -> None:
 
 def refit(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """New weights against copies of as many bytes in the same folder, in turn; what each part takes is shown apart."""
-    sizes = {size: _refit(options, folder / size, REFIT[size]) for size in options.params}
-    return {"medium": medium(folder), "fsync": options.fsync, "server dtype": options.dtype, "billions": sizes}
+    result: dict[str, Any] = {"server dtype": options.dtype}
+    for root in options.dir:
+        for size in options.params:
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                key = f"{size} B on {medium(pathlib.Path(place))}"
+                result[key] = _refit(options, pathlib.Path(place), REFIT[size])
+                print(key, json.dumps(result[key]), flush=True)
+    return result
 
 
 def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
@@ -232,7 +237,8 @@ def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfi
     first = publish_weights(params, config, folder / "weights", 0)
     flags = [*CPU_FLAGS[: CPU_FLAGS.index("--dtype") + 1], options.dtype, *CPU_FLAGS[CPU_FLAGS.index("--dtype") + 2 :]]
     count = sum(file.stat().st_size for file in first.glob("*.safetensors"))
-    copy = Copy(folder / "copy", count, options.fsync)
+    sync = options.fsync and medium(folder) != "tmpfs"
+    copy = Copy(folder / "copy", count, sync)
     with LaunchedServers(first, options.servers, log_dir=folder, context_length=1024, flags=flags) as servers:
         servers.wait()
         proof: list[Callable[[], np.ndarray]] = []
@@ -243,7 +249,7 @@ def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfi
             params = jax.block_until_ready(change(params))
             start = time.perf_counter()
             path = publish_weights(params, config, folder / "weights", version)
-            if options.fsync:
+            if sync:
                 for file in path.glob("*.safetensors"):
                     with open(file, "rb") as written:
                         os.fsync(written.fileno())
@@ -266,12 +272,11 @@ def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfi
                 show(f"{count / 1e6:.0f} MB", row)
         loop.run(pool.close())
     loop.close()
-    shutil.rmtree(folder)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     medians: dict[str, Any] = {key: statistics.median(values) for key, values in columns.items()}
     spread = {key: [min(values), max(values)] for key, values in columns.items() if key.endswith(" s")}
     ratios = {f"refit / {key[:-2]}": medians["refit s"] / medians[key] for key in medians if key.startswith("copy")}
-    return {"MB": count / 1e6, **medians, **ratios, "least and most": spread}
+    return {"MB": count / 1e6, "synced": sync, **medians, **ratios, "least and most": spread}
 
 
 class Copy:
@@ -352,7 +357,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--steps", type=int, default=8, help="overlap: RL steps of each run")
     parser.add_argument("--model", default="", help="overlap: a folder that the quickstart exported")
-    parser.add_argument("--dir", default="/dev/shm", help="where weights are written: on one machine, a tmpfs")
+    parser.add_argument("--dir", nargs="+", default=["/dev/shm"], help="where weights are written; refit: in each")
     parser.add_argument("--out", default="", help="file for the medians, as JSON")
     options = parser.parse_args(arguments)
     if "overlap" in options.parts and not options.model:
@@ -360,7 +365,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result = {}
     for part in options.parts:
-        with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        with tempfile.TemporaryDirectory(dir=options.dir[0]) as folder:
             result[part] = PARTS[part](options, pathlib.Path(folder))
     text = json.dumps({"command": ["rollout", *arguments], "cores": len(os.sched_getaffinity(0)), **result}, indent=1)
     print(text)
