@@ -64,6 +64,19 @@ def test_what_is_published_is_the_model_in_bfloat16(tmp_path, monkeypatch, confi
     np.testing.assert_allclose(replayed_logprobs(params, config, ids)[1:], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
+def test_devices_round_and_turn_as_writers_do(tmp_path, monkeypatch, config):
+    params = make(config)
+    hard = np.array([0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, 1.00390625, 1.01171875], np.float32)  # halves are even
+    params["layers"]["q"] = params["layers"]["q"].at[1, 3, : len(hard)].set(hard)
+    monkeypatch.setattr(publish, "_PIECE", 1000)
+    here = publish_weights(params, config, tmp_path / "here", 0)
+    monkeypatch.setattr(publish, "_in_memory", lambda params: False)
+    there = publish_weights(params, config, tmp_path / "there", 0)
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+    assert_same(jax.tree.map(np.asarray, hf.load_pretrained(here)[1]), rounded(params))
+
+
 def test_two_versions_stay(tmp_path):
     params = make(QWEN3)
     for version in (1, 2, 3, 3):
