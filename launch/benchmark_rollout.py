@@ -8,8 +8,8 @@ against a bare load generator that sends the same server the same prompts for th
 turn, with as many episodes at once. The model is random, so what it samples is given its end here: a tool call after
 every turn but the last, an answer after that; the load generator sends those tokens too. Client CPU is this process's
 alone: both clients decode the same JSON.
-refit: seconds from parameters to servers that have proven the new weights, against one write and one read of a file of
-as many bytes in the same folder.
+refit: seconds from parameters to servers that have proven the new weights, against one write and one read of as many
+bytes in the same folder, into a new file (as weights are written) and over an old one (whose pages are there).
 overlap: seconds of an RL step of the quickstart on two servers, asynchronous (max_staleness 1) over synchronous.
 """
 
@@ -56,7 +56,11 @@ CALL = """<tool_call>
 {"name": "code_interpreter", "arguments": {"code": "print(sum(range(100)))"}}
 </tool_call><|im_end|>"""
 ANSWER = "\\boxed{4950}<|im_end|>"
-REFIT = ModelConfig("qwen3", 512, 1024, 3072, 12, 16, 8, 128, tie_word_embeddings=True)  # 0.19 B parameters
+REFIT = {  # by billions of parameters; the larger two are as Qwen3-0.6B and Qwen2.5-1.5B
+    "0.19": ModelConfig("qwen3", 512, 1024, 3072, 12, 16, 8, 128, tie_word_embeddings=True),
+    "0.6": ModelConfig("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True),
+    "1.5": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True),
+}
 
 
 @dataclasses.dataclass
@@ -214,62 +218,97 @@ def flush(urls: Sequence[str]) -> None:
 
 
 def refit(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """New weights against a file of as many bytes; what the server itself takes to load them is shown apart."""
-    params = jax.block_until_ready(qwen.init(REFIT, 0))
-    rows = []
+    """New weights against copies of as many bytes in the same folder, in turn; what each part takes is shown apart."""
+    result: dict[str, Any] = {"server dtype": options.dtype}
+    for root in options.dir:
+        for size in options.params:
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                key = f"{size} B on {medium(pathlib.Path(place))}"
+                result[key] = _refit(options, pathlib.Path(place), REFIT[size])
+                print(key, json.dumps(result[key]), flush=True)
+    return result
+
+
+def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
+    params = jax.block_until_ready(qwen.init(config, 0))
+    change = jax.jit(lambda params: jax.tree.map(lambda x: x * 1.01, params), donate_argnums=0)
+    rows: list[dict[str, float]] = []
     loop = EventLoop()
-    first = publish_weights(params, REFIT, folder / "weights", 0)
+    first = publish_weights(params, config, folder / "weights", 0)
     flags = [*CPU_FLAGS[: CPU_FLAGS.index("--dtype") + 1], options.dtype, *CPU_FLAGS[CPU_FLAGS.index("--dtype") + 2 :]]
+    count = sum(file.stat().st_size for file in first.glob("*.safetensors"))
+    sync = options.fsync and medium(folder) != "tmpfs"
+    copy = Copy(folder / "copy", count, sync)
     with LaunchedServers(first, options.servers, log_dir=folder, context_length=1024, flags=flags) as servers:
         servers.wait()
         proof: list[Callable[[], np.ndarray]] = []
-        pool = SGLangPool(servers.urls, vocab_size=REFIT.vocab_size, replay=lambda ids: proof[-1]())
+        pool = SGLangPool(servers.urls, vocab_size=config.vocab_size, replay=lambda ids: proof[-1]())
         loop.run(pool.open())
         for version in range(1, options.repeats + 2):
-            params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.01, params))
+            new, old = copy.seconds(new=True), copy.seconds(new=False)
+            params = jax.block_until_ready(change(params))
             start = time.perf_counter()
-            path = publish_weights(params, REFIT, folder / "weights", version)
-            proof.append(start_replay(params, REFIT, pool.probe))
+            path = publish_weights(params, config, folder / "weights", version)
+            if sync:
+                for file in path.glob("*.safetensors"):
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
             published = time.perf_counter()
+            proof.append(start_replay(params, config, pool.probe))
             loop.run(pool.update_weights(str(path), version))
             done = time.perf_counter()
-            count = sum(file.stat().st_size for file in path.glob("*.safetensors"))
             inside = pool.metrics()
             row = {
-                "publish s": published - start,
+                "files s": published - start,
                 "server's load s": inside["rollout/server_load_seconds"],
                 "proof s": inside["rollout/proof_seconds"],
                 "refit s": done - start,
-                "one write + one read s": write_and_read(folder / "file", count),
-                "MB": count / 1e6,
+                "copy into a new file s": new,
+                "copy over an old file s": old,
                 "probe difference": inside["rollout/probe_difference"],
             }
             if version > 1:  # the first compiles
-                copy = row["one write + one read s"]
-                ours = row["refit s"] - row["server's load s"]
-                rows.append(row | {"ratio": row["refit s"] / copy, "ratio of ours": ours / copy})
-                show("refit", rows[-1])
+                rows.append(row)
+                show(f"{count / 1e6:.0f} MB", row)
         loop.run(pool.close())
     loop.close()
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    medians: dict[str, Any] = {key: statistics.median(values) for key, values in columns.items()}
+    spread = {key: [min(values), max(values)] for key, values in columns.items() if key.endswith(" s")}
+    ratios = {f"refit / {key[:-2]}": medians["refit s"] / medians[key] for key in medians if key.startswith("copy")}
+    return {"MB": count / 1e6, "synced": sync, **medians, **ratios, "least and most": spread}
 
 
-def write_and_read(path: pathlib.Path, count: int) -> float:
-    """Seconds of one write and one read of `count` random bytes."""
-    data = np.random.default_rng(0).bytes(count)
-    target = bytearray(count)
-    start = time.perf_counter()
-    with open(path, "wb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-    with open(path, "rb", buffering=0) as file:
-        view = memoryview(target)
-        while view:
-            view = view[file.readinto(view) :]
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return seconds
+class Copy:
+    """One write and one read of a file of `count` bytes, its memory touched before."""
+
+    def __init__(self, path: pathlib.Path, count: int, fsync: bool):
+        """Nothing is written yet."""
+        self._path, self._count, self._fsync = path, count, fsync
+        self._source = memoryview(np.random.default_rng(0).bytes(min(count, 2**28)))  # more than caches hold
+        self._target = memoryview(bytearray(b"x" * len(self._source)))
+
+    def seconds(self, *, new: bool) -> float:
+        """Of one, into a file that was not there or over the bytes of the last (which has its pages)."""
+        if new:
+            self._path.unlink(missing_ok=True)
+        start = time.perf_counter()
+        with open(os.open(self._path, os.O_WRONLY | os.O_CREAT), "wb", buffering=0) as file:
+            left = self._count
+            while left:
+                left -= file.write(self._source[:left])
+            if self._fsync:
+                os.fsync(file.fileno())
+        with open(self._path, "rb", buffering=0) as file:
+            while file.readinto(self._target):
+                pass
+        return time.perf_counter() - start
+
+
+def medium(folder: pathlib.Path) -> str:
+    """The file system that holds `folder`, as the kernel calls it."""
+    mounts = [line.split()[1:3] for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
+    return max((m for m in mounts if folder.is_relative_to(m[0])), key=lambda m: len(m[0]))[1]
 
 
 def overlap(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
@@ -312,9 +351,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="mean length of a turn")
     parser.add_argument("--dtype", default="float32", help="refit: of the server; GPUs take bfloat16")
+    parser.add_argument("--params", nargs="+", choices=REFIT, default=["0.19"], help="refit: billions of parameters")
+    parser.add_argument(
+        "--fsync", action="store_true", help="refit: files and copies are on the disk before they are read"
+    )
     parser.add_argument("--steps", type=int, default=8, help="overlap: RL steps of each run")
     parser.add_argument("--model", default="", help="overlap: a folder that the quickstart exported")
-    parser.add_argument("--dir", default="/dev/shm", help="where weights are written: on one machine, a tmpfs")
+    parser.add_argument("--dir", nargs="+", default=["/dev/shm"], help="where weights are written; refit: in each")
     parser.add_argument("--out", default="", help="file for the medians, as JSON")
     options = parser.parse_args(arguments)
     if "overlap" in options.parts and not options.model:
@@ -322,7 +365,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result = {}
     for part in options.parts:
-        with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        with tempfile.TemporaryDirectory(dir=options.dir[0]) as folder:
             result[part] = PARTS[part](options, pathlib.Path(folder))
     text = json.dumps({"command": ["rollout", *arguments], "cores": len(os.sched_getaffinity(0)), **result}, indent=1)
     print(text)

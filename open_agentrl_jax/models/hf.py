@@ -313,22 +313,50 @@ def _plan(config: ModelConfig, item: int, max_shard_bytes: int) -> list[list[Ten
 
 def fetch(params: qwen.Params, tensor: Tensor, dtype: str) -> np.ndarray:
     """One tensor on the host, laid out as ours (see `Entry.transposed`). With several processes all must call it."""
-    value: Any = params
-    for key in tensor.path.split("/"):
-        value = value[key]
-    whole = None
+    array = np.asarray(take(params, tensor, dtype))
+    return array.view(jnp.bfloat16) if dtype == "bfloat16" else array
+
+
+def take(params: qwen.Params, tensor: Tensor, dtype: str, *, turned: bool = False) -> jax.Array:
+    """One tensor on its devices, each has the whole; bfloat16 as its bits, in uint16. Does not wait for it.
+
+    With several processes all must call it, in the same order. `turned`: laid out as theirs (see `Entry.transposed`).
+    """
+    value, whole = _parameter(params, tensor), None
     if isinstance(value, jax.Array) and isinstance(value.sharding, jax.sharding.NamedSharding):
         whole = jax.sharding.NamedSharding(value.sharding.mesh, jax.P())
-    return np.asarray(_taker(dtype, whole)(value, tensor.layer))
+    return _taker(dtype, whole, turned and TABLE[tensor.path].transposed)(value, tensor.layer)
+
+
+def look(params: qwen.Params, tensor: Tensor) -> np.ndarray:
+    """One tensor as it lies in this host's memory, in its own dtype and laid out as ours; not to be written to."""
+    value = np.asarray(_parameter(params, tensor))
+    return value if tensor.layer is None else value[tensor.layer]
+
+
+def _parameter(params: qwen.Params, tensor: Tensor) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], tensor.path.split("/"), params)
 
 
 @functools.cache
-def _taker(dtype: str, whole: jax.sharding.NamedSharding | None) -> Callable[..., jax.Array]:
+def _taker(dtype: str, whole: jax.sharding.NamedSharding | None, transpose: bool) -> Callable[..., jax.Array]:
     # Cast on the device: half the bytes cross. The layer's number is traced: one compilation a parameter, not a tensor.
     def take(value: jax.Array, layer: jax.Array | None) -> jax.Array:
-        return (value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)).astype(dtype)
+        value = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+        if dtype == "bfloat16":  # by its bits: for a cast XLA's CPU backend takes twelve times as long
+            bits = jax.lax.bitcast_convert_type(rounded(value.astype("float32")), jnp.uint32)
+            value = (bits >> 16).astype(jnp.uint16)
+        else:
+            value = value.astype(dtype)
+        return value.T if transpose else value
 
     return jax.jit(take, out_shardings=whole)
+
+
+def rounded(value: jax.Array) -> jax.Array:
+    """The same in its own dtype, rounded to what bfloat16 can hold."""
+    precision = jnp.finfo(jnp.bfloat16)
+    return jax.lax.reduce_precision(value, precision.nexp, precision.nmant)
 
 
 def write_configs(folder: pathlib.Path, config: ModelConfig, dtype: str, shards: list[list[Tensor]]) -> None:

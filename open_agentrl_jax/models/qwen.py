@@ -140,7 +140,13 @@ def param_shardings(model_config: ModelConfig, mesh: jax.sharding.Mesh | jax.sha
 
 
 def forward(
-    params: Params, model_config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    params: Params,
+    model_config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    stored: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Hidden states [b t d] after the final norm, in the compute dtype.
 
@@ -150,6 +156,7 @@ def forward(
       tokens: [b t].
       positions: [b t], from 0 in each segment.
       segment_ids: [b t], equal within a segment; 0 is padding.
+      stored: elementwise, of every weight where it is used: what a file that is not as exact would give back.
     """
 
     segment_ids, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (segment_ids, positions))
@@ -157,7 +164,7 @@ def forward(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
         return attention(q, k, v, segment_ids, positions, backend=model_config.attention), cache
 
-    return run_layers(params, model_config, tokens, positions, attend)[0]
+    return run_layers(params, model_config, tokens, positions, attend, stored=stored)[0]
 
 
 def run_layers(
@@ -169,6 +176,7 @@ def run_layers(
     cache: Any = None,
     *,
     way: Way = TRAINING,
+    stored: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Embedding, all layers and the final norm, with the attention given from outside.
 
@@ -181,26 +189,28 @@ def run_layers(
         scan. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
       way: what travels on a mesh, see models/linear.py; without a mesh it changes nothing.
+      stored: see `forward`.
 
     Returns:
       hidden [b t d] after the final norm, and every layer's `new` stacked [l ...].
     """
     dtype = jnp.dtype(model_config.compute_dtype)
+    stored = stored or (lambda weight: weight)
     graph = _block_graph(model_config)
     tokens, positions = (sharding.constrain(jnp.asarray(x), way.layout.tokens) for x in (tokens, positions))
     rope = rope_table(positions, model_config)
 
     def layer(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         x = checkpoint_name(x, "layer_input")
-        weights = {name: _prepare(f"layers/{name}", w, dtype, way) for name, w in of_layer[0].items()}
+        weights = {name: _prepare(f"layers/{name}", stored(w), dtype, way) for name, w in of_layer[0].items()}
         return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way)
 
     if model_config.remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[model_config.remat], prevent_cse=False)
     # Looked up in float32: the gradient of a frequent token is a sum of thousands, which bfloat16 would stop short.
-    x = sharding.constrain(way.look_up(params["embed"], tokens).astype(dtype), way.layout.hidden)
+    x = sharding.constrain(stored(way.look_up(params["embed"], tokens)).astype(dtype), way.layout.hidden)
     x, new = jax.lax.scan(layer, x, (params["layers"], cache))
-    return rms_norm(x, params["norm"], model_config.rms_norm_eps), new
+    return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new
 
 
 def unembedding(params: Params, model_config: ModelConfig) -> jax.Array:

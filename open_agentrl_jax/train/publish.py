@@ -8,6 +8,7 @@ writes its own share of the files, while the next tensors come from the devices.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -31,11 +33,16 @@ from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.train import spare
 from open_agentrl_jax.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_BYTES = 2**30
-_AHEAD = 3  # tensors between fetching and writing
+_AHEAD = 3  # tensors on their way from the devices
+_WRITERS = min(8, len(os.sched_getaffinity(0)))
+_PIECE = 2**23  # bytes that a writer rounds, turns and writes at once, in memory that it keeps
+_STRIP = 16  # rows turned at once: half a cache line of the result
+_memory = threading.local()
 _DTYPE = "bfloat16"
 
 
@@ -78,34 +85,42 @@ def publish_weights(
     temporary = target.with_name(f".{target.name}.tmp")
     me, processes = _process()
     files = _plan(params, frozen)
+    linked = {
+        name for name, tensors in files.items() if unchanged_from and all(tensor.path in frozen for tensor in tensors)
+    }
     with _reported(target):
         if me == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            spare.reuse(temporary, files.keys() - linked)
             hf.write_configs(temporary, model_config, _DTYPE, list(files.values()))
             if tokenizer_from is not None:
                 for name in (*hf.TOKENIZER_FILES, "generation_config.json"):
                     if (file := hf.resolve(tokenizer_from) / name).exists():
                         shutil.copyfile(file, temporary / name)
-    with _reported(target, temporary), ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(1) as turn:
+    with _reported(target, temporary), ThreadPoolExecutor(_WRITERS) as writers:
+        failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
-            if unchanged_from is not None and all(tensor.path in frozen for tensor in tensors):
+            if unchanged_from is not None and name in linked:
                 if me == 0:
                     os.link(pathlib.Path(unchanged_from) / name, temporary / name)
                 continue
-            arrays = _fetched_ahead(params, tensors, (fetch, turn))
-            if number % processes == me:
-                _write(temporary / name, tensors, arrays)
-            else:
-                for _ in arrays:
-                    pass  # this process takes part in gathering
+            arrays = _taken(params, tensors, to_host=number % processes == me)
+            try:
+                if number % processes == me and not failures:
+                    _write(temporary / name, tensors, arrays, writers)
+            except OSError as error:
+                failures.append(error)
+            for _ in arrays:
+                pass  # this process takes part in gathering, also where its own disk is full
+        if failures:
+            raise failures[0]
     with _reported(target, temporary):
         if me == 0:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             kept = sorted(path for path in target.parent.glob("v*") if re.fullmatch(r"v\d{8}", path.name))
             for old in [path for path in kept if path <= target][:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                spare.retire(old)
     return target
 
 
@@ -135,10 +150,10 @@ def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Seque
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    params = jax.tree.map(lambda x: x.astype(_DTYPE), params)  # the forward computes in its own dtype, layer by layer
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens))
-    logprobs, _ = token_logprobs(hidden, qwen.unembedding(params, model_config), targets)
+    # Rounded where it is used: no second copy of all parameters, which would take longer than the forward.
+    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens), stored=hf.rounded)
+    logprobs, _ = token_logprobs(hidden, hf.rounded(qwen.unembedding(params, model_config)), targets)
     return (logprobs if current_mesh() is None else jax.reshard(logprobs, jax.P()))[0, :-1]
 
 
@@ -192,54 +207,96 @@ def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[hf.Ten
     return {hf.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
-def _fetched_ahead(
-    params: qwen.Params, tensors: list[hf.Tensor], stages: Sequence[ThreadPoolExecutor]
-) -> Iterator[np.ndarray]:
-    """The tensors as files hold them, each valid until the next is asked for.
+def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
+    """The tensors: as files hold them, on the devices and, `to_host`, on their way from there, a few computed ahead.
 
-    While one is used, the next is turned, and the one after fetched. One thread fetches, in the same order in every
-    process: fetching may be a collective.
+    One thread asks for them, in the same order in every process: that may be a collective. What lies in this host's
+    memory is only looked at, as it lies there: writers round and turn it without a copy of the whole.
     """
-    fetch, turn = stages
-    coming: collections.deque[tuple[Future, bool]] = collections.deque()
-    free: collections.deque[np.ndarray] = collections.deque()
-
-    def turned(fetched: Future) -> np.ndarray:
-        """The transpose, by strips as wide as a cache line and in pages that are there already: each saves a third."""
-        array = fetched.result().view(np.uint16)
-        memory = free.popleft() if free else np.empty(max(tensor.size for tensor in tensors), np.uint16)
-        result = memory[: array.size].reshape(array.shape[::-1])
-        for start in range(0, len(array), 32):
-            result[:, start : start + 32] = array[start : start + 32].T
-        return result
-
-    def taken() -> Iterator[np.ndarray]:
-        future, is_turned = coming.popleft()
-        array = future.result()
-        yield array
-        if is_turned:
-            free.append(array.base)
-
+    if _in_memory(params):
+        yield from (hf.look(params, tensor) for tensor in tensors)
+        return
+    coming: collections.deque[jax.Array] = collections.deque()
     for tensor in tensors:
-        fetched, is_turned = fetch.submit(hf.fetch, params, tensor, _DTYPE), hf.TABLE[tensor.path].transposed
-        coming.append((turn.submit(turned, fetched) if is_turned else fetched, is_turned))
+        coming.append(hf.take(params, tensor, _DTYPE, turned=True))
+        if to_host:
+            coming[-1].copy_to_host_async()
         if len(coming) > _AHEAD:
-            yield from taken()
+            yield coming.popleft().block_until_ready()
     while coming:
-        yield from taken()
+        yield coming.popleft().block_until_ready()
 
 
-def _write(path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[np.ndarray]) -> None:
-    with open(path, "wb", buffering=0) as file:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in tensors:
-            start, end = end, end + 2 * tensor.size
-            header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+def _in_memory(params: qwen.Params) -> bool:
+    devices = {device for leaf in jax.tree.leaves(params) for device in leaf.sharding.device_set}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
+
+
+def _write(
+    path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[jax.Array | np.ndarray], writers: ThreadPoolExecutor
+) -> None:
+    """One file, in pieces, by all writers at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + 2 * tensor.size
+        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:  # over a spare one, if any
+        file.truncate(8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays:
-            data = np.ascontiguousarray(array).view(np.uint16).reshape(-1).view(np.uint8).data
-            while data:  # a raw file may take a part
-                data = data[file.write(data) :]
+        place = 8 + len(text)
+        running: collections.deque[Future[None]] = collections.deque()
+        try:
+            for tensor, array in zip(tensors, arrays, strict=True):
+                row = 2 * tensor.size // tensor.shape[0]
+                rows = max(1, _PIECE // row)
+                for start in range(0, tensor.shape[0], rows):
+                    piece = slice(start, start + rows)
+                    running.append(
+                        writers.submit(
+                            _put, file.fileno(), place + start * row, array, piece, hf.TABLE[tensor.path].transposed
+                        )
+                    )
+                    if len(running) > 4 * _WRITERS:
+                        running.popleft().result()
+                place += 2 * tensor.size
+            while running:
+                running.popleft().result()
+        finally:
+            concurrent.futures.wait(running)  # the file stays open for them
+
+
+def _put(file: int, place: int, array: jax.Array | np.ndarray, rows: slice, transposed: bool) -> None:
+    """Writes some rows of a file's tensor at `place`; a numpy array is as parameters are, not as files are."""
+    if isinstance(array, jax.Array):
+        block = np.ascontiguousarray(np.asarray(array)[rows])
+    else:
+        block = _as_filed(array[:, rows] if transposed else array[rows], transposed)
+    left = block.reshape(-1).view(np.uint8).data
+    while left:  # a call may write a part
+        written = os.pwrite(file, left, place)
+        left, place = left[written:], place + written
+
+
+def _as_filed(piece: np.ndarray, transposed: bool) -> np.ndarray:
+    """Rounded and turned; valid until the thread's next call. Touching new memory would take longer than both."""
+    rounded = _kept("rounded", piece.shape, jnp.bfloat16)
+    np.copyto(rounded, piece, casting="unsafe")
+    if not transposed:
+        return rounded
+    bits, turned = rounded.view(np.uint16), _kept("turned", piece.shape[::-1], np.uint16)
+    for start in range(0, len(bits), _STRIP):
+        turned[:, start : start + _STRIP] = bits[start : start + _STRIP].T
+    return turned
+
+
+def _kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory of this thread's, with whatever was in it."""
+    size = math.prod(shape)
+    memory = getattr(_memory, name, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(max(size, _PIECE // 2), dtype)
+        setattr(_memory, name, memory)
+    return memory[:size].reshape(shape)

@@ -1,6 +1,7 @@
 import concurrent.futures
 import errno
 import json
+import mmap
 import resource
 import threading
 
@@ -11,7 +12,7 @@ import pytest
 
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.train import publish
+from open_agentrl_jax.train import publish, spare
 from open_agentrl_jax.train.publish import publish_weights, replayed_logprobs
 from open_agentrl_jax.types import UserError
 
@@ -63,11 +64,52 @@ def test_what_is_published_is_the_model_in_bfloat16(tmp_path, monkeypatch, confi
     np.testing.assert_allclose(replayed_logprobs(params, config, ids)[1:], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
+def test_devices_round_and_turn_as_writers_do(tmp_path, monkeypatch, config):
+    params = make(config)
+    hard = np.array([0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, 1.00390625, 1.01171875], np.float32)  # halves are even
+    params["layers"]["q"] = params["layers"]["q"].at[1, 3, : len(hard)].set(hard)
+    monkeypatch.setattr(publish, "_PIECE", 1000)
+    here = publish_weights(params, config, tmp_path / "here", 0)
+    monkeypatch.setattr(publish, "_in_memory", lambda params: False)
+    there = publish_weights(params, config, tmp_path / "there", 0)
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+    assert_same(jax.tree.map(np.asarray, hf.load_pretrained(here)[1]), rounded(params))
+
+
 def test_two_versions_stay(tmp_path):
     params = make(QWEN3)
     for version in (1, 2, 3, 3):
         publish_weights(params, QWEN3, tmp_path, version)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["v00000002", "v00000003"]
+    assert [path.name for path in sorted(tmp_path.glob("v*"))] == ["v00000002", "v00000003"]
+
+
+@pytest.mark.parametrize("reader", [False, True])
+def test_a_new_version_is_written_over_a_dropped_one_that_nobody_reads(tmp_path, monkeypatch, reader):
+    monkeypatch.setattr(spare, "_on_tmpfs", lambda folder: True)
+    versions = [make(QWEN3, seed) for seed in range(4)]
+    first = publish_weights(versions[0], QWEN3, tmp_path, 0) / "model.safetensors"
+    inode, before = first.stat().st_ino, first.read_bytes()
+    with open(first, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        file.close()
+        if not reader:
+            mapped.close()
+        for number in (1, 2, 3):
+            folder = publish_weights(versions[number], QWEN3, tmp_path, number)
+            last = publish.version_path(tmp_path, number - 1)
+            for path, params in ((last, versions[number - 1]), (folder, versions[number])):
+                assert_same(jax.tree.map(np.asarray, hf.load_pretrained(path)[1]), rounded(params))
+        assert not reader or mapped[:] == before  # still the weights that it had begun to read
+    assert ((folder / "model.safetensors").stat().st_ino == inode) == (not reader)
+
+
+def test_a_linked_file_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(spare, "_on_tmpfs", lambda folder: True)
+    folder = publish_weights(make(QWEN3), QWEN3, tmp_path, 0, frozen=("embed",))
+    for number in (1, 2):
+        folder = publish_weights(make(QWEN3), QWEN3, tmp_path, number, frozen=("embed",), unchanged_from=folder)
+    publish_weights(make(QWEN3, 1), QWEN3, tmp_path, 3, frozen=("embed",))
+    assert_same(jax.tree.map(np.asarray, hf.load_pretrained(folder)[1]), rounded(make(QWEN3)))
 
 
 def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
