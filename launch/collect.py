@@ -6,7 +6,8 @@
 
 The teacher is a Hugging Face folder on the embedded engine, SGLang servers (`--config.rollout.engine=sglang`) or an
 OpenAI-compatible endpoint; agent loop, sandbox and grader are those of training. `--style=stitched` asks nobody: it
-turns the calculator annotations of GSM8K's solutions into tool calls, the baseline that real trajectories beat.
+turns the calculator annotations of GSM8K's solutions into tool calls, the baseline that real trajectories beat;
+`--style=tape` keeps of them the calls alone.
 Writes sft.parquet, card.json and README.md to `--output`. Started again after a kill it goes on where it was.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class Options:
     teacher: str = option("", "a Hugging Face folder or Hub id; empty: <run_dir>/export")
     endpoint: str = option("", "base URL of an OpenAI-compatible server, in place of --teacher")
     endpoint_model: str = option("", "the name that the endpoint knows its model by")
-    style: str = option("real", "what is collected", choices=["real", "stitched"])
+    style: str = option("real", "what is collected", choices=["real", "stitched", "tape"])
     tries: int = option(4, "trajectories a problem", lower_bound=1)
     limit: int = option(0, "only the first so many problems; 0: all", lower_bound=0)
     size: int = option(0, "keep at most so many, balanced by source and number of calls; 0: all", lower_bound=0)
@@ -147,19 +149,19 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
     return samples, {"tries": len(tasks) * options.tries, **counts}
 
 
-def stitched(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
+def stitched(work: Work, *, tape: bool = False) -> tuple[list[collection.Sample], dict[str, int]]:
     """The annotated solutions of the problems themselves."""
     tasks = choose(work, players.Uncounted([PythonTool.schema]))
     counts, samples = collections.Counter[str](), []
     for task in tasks:
         try:
-            samples.append(stitch(task))
+            samples.append(stitch(task, tape=tape))
         except NotStitchable as error:
             counts[str(error)] += 1
     return samples, {"tries": len(tasks), **counts}
 
 
-STYLES = {"real": real, "stitched": stitched}
+STYLES = {"real": real, "stitched": stitched, "tape": functools.partial(stitched, tape=True)}
 
 
 if __name__ == "__main__":

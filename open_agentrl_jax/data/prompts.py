@@ -298,7 +298,14 @@ def _livecodebench(row: dict[str, Any]) -> Problem:
     return Problem(text, answer, "livecodebench", "code", _text(row.get("question_id")), extra=extra)
 
 
+def _bare(row: dict[str, Any]) -> Problem:
+    problem = _detect(row)(row)
+    problem.messages = problem.messages or [Message("user", problem.text.strip())]
+    return problem
+
+
 FORMATS: dict[str, Reader] = {
+    "bare": _bare,  # as "auto", but the problem is put to the model without a template
     "verl": _verl,
     "livecodebench": _livecodebench,
     "gpqa": _gpqa,

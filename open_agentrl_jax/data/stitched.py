@@ -3,12 +3,17 @@
 GSM8K writes `48/2 = <<48/2=24>>24 clips`. Cut at each annotation, the text before it becomes an assistant's turn that
 ends in a call `print(48/2)`, and `24` the tool's answer. Nothing is run and nothing was decided by a model: the calls
 were put where an annotator's calculator was. That is what the paper's first table calls stitched.
+
+A tape is the same without the words, with what Python would print (`24.0`) in place of what the annotator wrote: all
+that a model too small for sentences can learn of these solutions.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -19,11 +24,11 @@ from open_agentrl_jax.types import Message, Task, ToolCall
 
 ANNOTATION = re.compile(r"<<([^<>]*?)=([^<>=]*)>>")
 _OPERATIONS = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.FloorDiv: lambda a, b: Fraction(a // b),
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
 }
 _ROUNDED = Fraction(1, 100)  # annotators round to cents
 
@@ -32,11 +37,12 @@ class NotStitchable(ValueError):
     """Why a solution cannot be stitched: a heading for the counts."""
 
 
-def stitch(task: Task) -> Sample:
+def stitch(task: Task, *, tape: bool = False) -> Sample:
     """One problem's annotated solution as a conversation with tool calls.
 
     Args:
         task: `extra["solution"]` holds the worked solution with its annotations.
+        tape: the calls alone, with what Python would print.
 
     Raises:
         NotStitchable: no solution, no annotation, or one that is no arithmetic; the text is one word for the counts.
@@ -56,8 +62,10 @@ def stitch(task: Task) -> Sample:
         if told is None or abs(value - told) > _ROUNDED * max(1, abs(value)):
             raise NotStitchable("wrong_annotation")
         call = ToolCall(PythonTool.name, {"code": f"print({code})"})
-        messages += [Message("assistant", before.strip(), [call]), Message("tool", _tidy(result))]
-    messages.append(Message("assistant", f"{pieces[-1].strip()}\nThe answer is \\boxed{{{task.answer}}}.".strip()))
+        said, shown = ("", str(_value(ast.parse(code, mode="eval").body))) if tape else (before.strip(), _tidy(result))
+        messages += [Message("assistant", said, [call]), Message("tool", shown)]
+    last = "" if tape else pieces[-1].strip()
+    messages.append(Message("assistant", f"{last}\nThe answer is \\boxed{{{task.answer}}}.".strip()))
     calls = len(pieces) // 3
     columns: dict[str, Any] = {"problem_id": task.id, "try": 0, "tool_calls": calls, "tool_success": calls}
     conversation = Conversation(f"{task.id}/stitched", messages, [PythonTool.schema], task.source)
@@ -73,17 +81,26 @@ def _tidy(expression: str) -> str:
 
 def evaluate(expression: str) -> Fraction | None:
     """The exact value of plain arithmetic; None for anything else. Nothing is executed."""
+
+    def as_written(number: ast.Constant) -> Fraction:
+        return Fraction(ast.get_source_segment(expression, number) or "")  # 0.1 is a tenth
+
     try:
-        return _value(ast.parse(expression, mode="eval").body, expression)
+        return Fraction(_value(ast.parse(expression, mode="eval").body, as_written, Fraction))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
-def _value(node: ast.AST, text: str) -> Fraction:
+def _value(
+    node: ast.AST,
+    number: Callable[[ast.Constant], Any] = lambda node: node.value,
+    kind: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """What arithmetic gives, in Python's own numbers or in those that `number` reads and `kind` makes of a result."""
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        return _OPERATIONS[type(node.op)](_value(node.left, text), _value(node.right, text))
+        return kind(_OPERATIONS[type(node.op)](_value(node.left, number, kind), _value(node.right, number, kind)))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        return _value(node.operand, text) * (-1 if isinstance(node.op, ast.USub) else 1)
+        return _value(node.operand, number, kind) * (-1 if isinstance(node.op, ast.USub) else 1)
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return Fraction(ast.get_source_segment(text, node) or "")  # as written: 0.1 is a tenth
+        return number(node)
     raise ValueError("no arithmetic")

@@ -187,6 +187,19 @@ def test_a_forced_format(tmp_path):
     assert set(FORMATS) >= {"gsm8k", "aime", "verl", "gpqa", "livecodebench"}
 
 
+def test_bare_problems_are_put_without_a_template(tmp_path):
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    rows = [GSM8K, AIME, {**DAPO, "prompt": conversation}]
+    file = write(tmp_path / "a.jsonl", rows)
+    usual, bare = read_tasks(file), read_tasks(file, format="bare")
+    assert [t.messages[-1].content for t in bare[:2]] == [t.extra["problem"].strip() for t in usual[:2]]
+    assert bare[2].messages == usual[2].messages  # a conversation of the row stays whole
+    same = ("id", "answer", "source", "extra")
+    assert [[getattr(t, name) for name in same] for t in bare] == [[getattr(t, name) for name in same] for t in usual]
+    write_tasks(tmp_path / "rl.parquet", list(bare))
+    assert list(read_tasks(tmp_path / "rl.parquet", format="bare")) == list(bare)
+
+
 def test_without_tools_the_prompt_does_not_speak_of_them(tmp_path):
     file = write(tmp_path / "a.jsonl", [GSM8K, DAPO, LCB])
     assert all(TOOL_HINT not in t.messages[0].content for t in read_tasks(file, tools=False))

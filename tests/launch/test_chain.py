@@ -1,4 +1,4 @@
-"""The five commands of docs/data.md, as they stand there, at a tiny size; every file between them is looked into."""
+"""The commands of docs/data.md, as they stand there, at a tiny size; every file between them is looked into."""
 
 import json
 import random
@@ -14,26 +14,26 @@ from open_agentrl_jax.data.conversations import read_conversations
 from open_agentrl_jax.data.prompts import read_tasks
 from open_agentrl_jax.data.rows import read_table
 from tests.launch.runs import ROOT, environment, lines
-from tests.launch.teacher import completion, serving
 
 pytestmark = pytest.mark.xdist_group("chain")  # one worker, or each would run all five commands
-COMMANDS = re.findall(r"^python -m launch\.(\w+)( \$CHAIN.*)$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
+PAGE = (ROOT / "docs" / "data.md").read_text()
+COMMANDS = re.findall(r"^python -m launch\.(\w+)( \$CHAIN.*)$", PAGE, re.MULTILINE)
+WORDS = re.findall(r'^(TEACHER|START)="(.*?)"', PAGE, re.MULTILINE)
+
+
+def loss_of(run):
+    return [line["loss"] for line in lines(run) if line["phase"] == "sft"]
 
 
 def question(a, b):
     """A problem that a model without any skill solves half of the time, once it knows what an answer looks like."""
     text = f"Ann has {a} and Ben {b}. Is Ann ahead? Say 1 or 0."  # short: contaminated only where it is the same
-    return {"question": text, "answer": f"#### {int(a > b)}"}
-
-
-def reply(messages):
-    a, b = map(int, re.search(r"Ann has (\d+) and Ben (\d+)", messages[0]["content"]).groups())
-    return completion({"content": f"The answer is \\boxed{{{int(a > b)}}}."}, 9)
+    return {"question": text, "answer": f"Ahead by <<{a}-{b}={a - b}>>{a - b}.\n#### {int(a > b)}"}
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Where the five commands ran, and what each said."""
+    """Where the commands ran, what each said, and the words that the shell was given."""
     root = tmp_path_factory.mktemp("chain")
     pairs = [(a, b) for a in range(10, 40) for b in range(10, 40) if a != b]
     random.Random(0).shuffle(pairs)
@@ -46,27 +46,45 @@ def chain(tmp_path_factory):
     assemble.create_model(config, root / "model")
     tiny = {
         "model.path": root / "model", "data.train": root / "train.jsonl", "data.eval": f"gsm8k={root / 'test.jsonl'}",
-        "sft.steps": 40, "sft.batch_size": 8, "sft.optim.lr": 5e-3, "rl.steps": 2, "rl.prompts": 4, "rl.samples": 4,
-        "agent.max_prompt": 384, "agent.max_response": 24, "sft.max_length": 408, "rollout.slots": 16,
+        "sft.steps": 80, "sft.batch_size": 8, "sft.optim.lr": 5e-3, "rl.steps": 2, "rl.prompts": 4, "rl.samples": 4,
+        "agent.max_prompt": 128, "agent.max_response": 96, "sft.max_length": 224, "rollout.slots": 16,
         "rollout.concurrency": 16, "eval.samples": 2,
     }  # fmt: skip
-    flags = ["--config=configs/gsm8k_chain.py", *(f"--config.{name}={value}" for name, value in tiny.items())]
-    said = {}
-    with serving(reply=reply) as server:
-        teacher = f"--endpoint={server.url} --endpoint_model=t"
-        given = {"CHAIN": " ".join(flags), "TEACHER": teacher, "OUT": str(root / "out")}
-        for name, rest in COMMANDS:
-            line = f"{sys.executable} -m launch.{name} {rest.replace('aime_2025.jsonl', str(root / 'aime.jsonl'))}"
-            done = subprocess.run(
-                ["sh", "-c", line], cwd=ROOT, env=environment() | given, capture_output=True, text=True, timeout=280
-            )
-            assert done.returncode == 0, (name, done.stderr[-3000:])
-            said[name] = done.stdout
+    given = {"OUT": str(root / "out")}
+    for name, text in WORDS:
+        given[name] = text.replace("$OUT", given["OUT"])
+    given["CHAIN"] = " ".join(
+        ["--config=configs/gsm8k_chain.py", *(f"--config.{name}={value}" for name, value in tiny.items())]
+    )
+    said = []
+    for name, rest in COMMANDS:
+        line = f"{sys.executable} -m launch.{name} {rest.replace('aime_2025.jsonl', str(root / 'aime.jsonl'))}"
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=ROOT, env=environment() | given, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, (name, rest, done.stderr[-3000:])
+        said.append(done.stdout)
     return root, said, given
 
 
-def test_the_page_names_the_five_commands():
-    assert [name for name, _ in COMMANDS] == ["collect", "sft", "curate", "train", "evaluate"]
+def test_the_page_names_the_commands():
+    names = [name for name, _ in COMMANDS]
+    assert names == ["collect", "sft", *("collect", "sft", "curate", "train", "evaluate")]
+    assert [name for name, _ in WORDS] == ["TEACHER", "START"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_warmed_up(chain):
+    root, _, _ = chain
+    card = json.loads((root / "out/tape/card.json").read_text())
+    assert card["trajectories"] == {"tries": 44, "duplicate": 0, "contaminated": 0, "over_size": 0, "kept": 44}
+    for conversation in read_conversations(root / "out/tape/sft.parquet"):
+        user, call, tool, answer = conversation.messages
+        a, b = map(int, re.findall(r"\d\d", user.content))
+        assert call.tool_calls[0].arguments == {"code": f"print({a}-{b})"} and tool.content == str(a - b)
+        assert (call.content, answer.content) == ("", f"The answer is \\boxed{{{int(a > b)}}}.")
+    assert loss_of(root / "out/warm")[-1] < 0.2 * loss_of(root / "out/warm")[0]
 
 
 @pytest.mark.slow
@@ -74,21 +92,28 @@ def test_the_page_names_the_five_commands():
 def test_collected(chain):
     root, _, _ = chain
     card = json.loads((root / "out/collected/card.json").read_text())
-    assert card["problems"] == {"read": 48, "contaminated": 4, "used": 44, "solved": 44}
-    assert card["trajectories"]["kept"] == 44 and card["trajectories"]["duplicate"] == 3 * 44
+    problems, counts = card["problems"], card["trajectories"]
+    assert (problems["read"], problems["contaminated"], problems["used"]) == (48, 4, 44)
+    assert card["made"]["teacher"] == str(root / "out/warm/export")
+    assert counts["tries"] == 4 * 44 == sum(count for name, count in counts.items() if name != "tries")
     kept = read_conversations(root / "out/collected/sft.parquet")
+    assert len(kept) == counts["kept"] >= problems["solved"] - counts["empty_turn"] > 0 < counts["wrong"]
     held_out = {json.loads(line)["question"] for line in (root / "test.jsonl").read_text().splitlines()}
+    truth = {t.messages[0].content: t.answer for t in read_tasks(root / "train.jsonl", format="bare")}
     for conversation in kept:
-        user, answer = conversation.messages
-        assert not any(text in user.content for text in held_out)
-        assert re.fullmatch(r"The answer is \\boxed\{[01]\}\.", answer.content) and conversation.tools
+        user, *turns = conversation.messages
+        assert user.content in truth and user.content not in held_out and conversation.tools
+        assert f"\\boxed{{{truth[user.content]}}}" in turns[-1].content  # right, whatever led to it
+        assert [m.role for m in turns] == ["assistant", "tool"] * (len(turns) // 2) + ["assistant"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trained_on_it(chain):
-    losses = [line["loss"] for line in lines(chain[0] / "out/sft") if line["phase"] == "sft"]
-    assert len(losses) == 40 and losses[-1] < 0.2 * losses[0]
+    losses = loss_of(chain[0] / "out/sft")
+    assert (
+        len(losses) == 60 and losses[-1] < losses[0] < 0.5 * loss_of(chain[0] / "out/warm")[0]
+    )  # it went on from warm
     assert (chain[0] / "out/sft/export/model.safetensors").exists()
 
 
@@ -106,8 +131,8 @@ def test_curated(chain):
     rates = read_table(folder / "rl.parquet", lambda row, file, i: (row["pass_rate"], row["right"], row["tries"]))
     assert len(rates) == card["counts"]["kept"] == sum(row["after"] for row in difficulty.values()) > 0
     assert all(0 < rate < 1 and rate == right / tries for rate, right, tries in rates)
-    first = {t.messages[0].content: t.answer for t in read_tasks(root / "train.jsonl", format="gsm8k")}
-    assert all(first[t.messages[0].content] == t.answer for t in read_tasks(folder / "rl.parquet"))
+    first = {t.messages[0].content: t.answer for t in read_tasks(root / "train.jsonl", format="bare")}
+    assert all(first[t.messages[0].content] == t.answer for t in read_tasks(folder / "rl.parquet", format="bare"))
     # a kill that leaves half of the journal: the rest is played, with the same draws, and the set is the same
     (journal,) = folder.glob("journal-*.jsonl")
     whole, before = journal.read_bytes(), rates
@@ -136,4 +161,4 @@ def test_reinforced_and_evaluated(chain):
     assert figures["mode"] == "agentic" and figures["model"].endswith("out/rl/export")
     assert figures["episodes"] == {"all": 8, "aborted": 0} and len(figures["problems"]) == 4
     assert {p["id"].split("/")[0] for p in figures["problems"]} == {"aime_2025"}
-    assert "aime_2025" in said["evaluate"] and "agentic" in said["evaluate"]
+    assert "aime_2025" in said[-1] and "agentic" in said[-1]
