@@ -62,3 +62,33 @@ def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
     counters = numbers["bytes"]["moments"] - 2 * numbers["bytes"]["parameters"]
     assert 0 <= counters <= 16  # the optimizer's and the schedule's
     assert 2 < numbers["flops"]["matrix_products"] / (numbers["flops"]["model"] / 6 * 2) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs pip install 'jax[cuda12]'")
+def test_the_real_step_compiles_for_gpus_that_are_not_here(tmp_path):
+    out = tmp_path / "numbers.json"
+    command = [sys.executable, "-m", "launch.compile", "--topology=h100:8", "--layers=2", f"--out={out}"]
+    command += ["--config=configs/qwen3_4b_grpo_tcr.py", "--config.packing.length=23040"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = json.loads(out.read_text())
+    assert numbers["attention"] == "triton"
+    kinds = {(row["kind"], row["axis"]): row for row in numbers["collectives"]}
+    parameters = 8 * numbers["bytes"]["parameters"]
+    assert parameters / 2 < kinds["reduce-scatter", "fsdp"]["bytes"] < 2 * parameters  # float32, and bfloat16 in layers
+    assert kinds["all-reduce", "fsdp"]["bytes"] < 2**22  # norms and counts
+    # Two products forward, twice because it is computed again, and seven backward.
+    square = 11 * 2 * 8 * 23040**2 * 32 * 128 * 2
+    assert numbers["flops"]["attention_whole_square"] == square
+
+
+@pytest.mark.parametrize(
+    ("topology", "told"), [("h100:none", "give the number of GPUs"), ("b9:8", "unknown kind 'b9'")]
+)
+def test_a_topology_that_is_none_is_refused(topology, told):
+    with pytest.raises(UserError, match=told):
+        module.topology_devices(topology)

@@ -82,7 +82,7 @@ def test_unknown_chips_are_refused():
 
 
 def test_a_start_of_several_arrays_counts_what_is_larger_of_taken_and_given():
-    # As the GPU compiler writes them: ((taken ...), (given ...)); an all-reduce has one list, collectives are async.
+    # As the GPU compiler writes them: ((taken ...), (given ...)); an all-reduce has one list.
     text = """
 ENTRY %main.1 (p: f32[2]) -> f32[2] {
   %rs = ((bf16[64,16]{1,0}, f32[32]{0}), (bf16[16,16]{1,0}, f32[8]{0})) reduce-scatter-start(%a, %b), replica_groups={{0,2,4,6},{1,3,5,7}}
