@@ -4,6 +4,7 @@
 
 Bytes are those of the compiled program at 4,096 tokens, a vocabulary of 151,936 and width 1,024 in float32, nothing is
 run; "naive" holds all logits at once. Time is measured on fewer tokens, all sides in one process, round by round.
+`--tensor=2` splits the vocabulary over two devices, parts of the same processor; bytes are those of one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
+from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.parallel.sharding import P
 
 VOCAB, WIDTH = 151936, 1024
 
@@ -26,7 +29,10 @@ VOCAB, WIDTH = 151936, 1024
 def naive(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same two results from [b t v] logits."""
     logp = jax.nn.log_softmax(jnp.einsum("btd,dv->btv", hidden, head))
-    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(-1)
+    entropy = -(jnp.exp(logp) * logp).sum(-1)
+    if jax.typeof(head).sharding.mesh.empty:
+        return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], entropy
+    return jnp.where(jnp.arange(logp.shape[-1]) == targets[..., None], logp, 0).sum(-1), entropy
 
 
 def compiled(head: Callable[..., Any], tokens: int, vocab: int, width: int) -> Any:
@@ -37,18 +43,27 @@ def compiled(head: Callable[..., Any], tokens: int, vocab: int, width: int) -> A
         return (logprobs + 0.01 * entropy).mean()
 
     shapes = ((1, tokens, width), jnp.float32), ((width, vocab), jnp.float32), ((1, tokens), jnp.int32)
-    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).compile()
+    like = (jax.ShapeDtypeStruct(*s, sharding=lies) for s, lies in zip(shapes, layout(), strict=True))
+    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*like).compile()
+
+
+def layout() -> tuple[jax.NamedSharding | None, ...]:
+    """How hidden states, head and targets lie on the mesh that is set: the vocabulary over `tensor`."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return None, None, None
+    return tuple(jax.NamedSharding(mesh, spec) for spec in (P(), P(None, "tensor"), P()))
 
 
 def seconds(programs: dict[str, Any], tokens: int, vocab: int, width: int, rounds: int) -> dict[str, float]:
     """Each program's median over rounds in which every one has its turn; one round before is not counted."""
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (1, tokens, width))
-    arguments = (
-        hidden,
+    values = (
+        jax.random.normal(keys[0], (1, tokens, width)),
         jax.random.normal(keys[1], (width, vocab)) / width,
         jax.random.randint(keys[2], (1, tokens), 0, vocab),
     )
+    arguments = [jax.device_put(x, lies) for x, lies in zip(values, layout(), strict=True)]
     took: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds + 1):
         for name, program in programs.items():
@@ -66,16 +81,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--chunks", default="256,512,1024")
     parser.add_argument("--timed_tokens", type=int, default=1024, help="naive takes 3 MB of host memory a token")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that the vocabulary is split over")
     options = parser.parse_args(arguments)
+    if options.tensor > 1:
+        jax.config.update("jax_num_cpu_devices", options.tensor)
+        jax.set_mesh(make_mesh(fsdp=1, tensor=options.tensor))
     sides: dict[str, Callable[..., Any]] = {"naive": naive}
     for chunk in options.chunks.split(","):
         sides[f"chunk {chunk}"] = functools.partial(token_logprobs, chunk=int(chunk))
     shape = options.vocab, options.width
     memory = {name: compiled(head, options.tokens, *shape).memory_analysis() for name, head in sides.items()}
-    timed = {name: compiled(head, options.timed_tokens, *shape) for name, head in sides.items()}
-    took = seconds(timed, options.timed_tokens, *shape, options.rounds)
     print(f"{'head':10} {'temporaries, GB':>16} {'seconds':>9} {'of naive':>9}")
     for name in sides:
-        size, ratio = memory[name].temp_size_in_bytes / 1e9, took[name] / took["naive"]
-        print(f"{name:10} {size:16.2f} {took[name]:9.2f} {ratio:9.2f}", flush=True)
+        print(f"{name:10} {memory[name].temp_size_in_bytes / 1e9:16.2f}", flush=True)
+    if options.rounds:
+        timed = {name: compiled(head, options.timed_tokens, *shape) for name, head in sides.items()}
+        took = seconds(timed, options.timed_tokens, *shape, options.rounds)
+        for name in sides:
+            print(f"{name:10} {'':16} {took[name]:9.2f} {took[name] / took['naive']:9.2f}", flush=True)

@@ -56,6 +56,11 @@ def config_flag() -> Callable[[], Config]:
     return load
 
 
+def profile_flag() -> flags.FlagHolder[bool]:
+    """Defines `--profile`, of the commands that train."""
+    return flags.DEFINE_bool("profile", False, "write a jax.profiler trace of two steps to <run_dir>/profile/<phase>")
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command: parses flags, calls `main`, turns UserError into one line and exit code 2."""
 

@@ -29,7 +29,7 @@ from open_agentrl_jax.telemetry.writer import Writer
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
 from open_agentrl_jax.train.loop import Functions, train_rl
-from open_agentrl_jax.train.progress import Interrupted, Run, Stopper
+from open_agentrl_jax.train.progress import Interrupted, Profiler, Run, Stopper
 from open_agentrl_jax.train.sft import train_sft
 from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
 from open_agentrl_jax.types import Group, Sampling, Task, UserError
@@ -49,10 +49,12 @@ class Parts:
     writer: Writer
     checkpoints: Checkpoints
     stopper: Stopper
+    profile: bool = False
 
 
-def running(parts: Parts, name: str, *, first_number: int = 0) -> Run:
-    """The running parts of a phase, as its loop sees them."""
+def running(parts: Parts, name: str, steps: int, *, first_number: int = 0) -> Run:
+    """The running parts of a phase of which `steps` are left, as its loop sees them."""
+    traced = parts.profile and processes.first()
     return Run(
         parts.writer,
         parts.checkpoints,
@@ -60,6 +62,7 @@ def running(parts: Parts, name: str, *, first_number: int = 0) -> Run:
         parts.config.checkpoint.every,
         functools.partial(parts.screen.bar, name),
         first_number=first_number,
+        mark=Profiler(parts.directory / "profile" / name.lower(), steps=steps) if traced else lambda: None,
     )
 
 
@@ -82,7 +85,7 @@ def run_sft(
         state,
         step_fn,
         stream,
-        running(parts, "SFT"),
+        running(parts, "SFT", steps - progress.step),
         steps=steps,
         batch_size=config.sft.batch_size,
         packing=packing,
@@ -209,7 +212,7 @@ def run_rl(
                 rollouts,
                 generation.publish,
                 evaluate,
-                running(parts, "RL", first_number=sft_steps),
+                running(parts, "RL", steps - progress.step, first_number=sft_steps),
                 rl,
                 assemble.packing(config, config.agent.max_prompt + config.agent.max_response, policy.mesh),
                 BEHAVIOURS[config.behaviour],

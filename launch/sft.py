@@ -22,4 +22,5 @@ def only_sft(config: Config) -> Config:
 
 if __name__ == "__main__":
     load = command.config_flag()
-    command.run(lambda: train.main(only_sft(load())))
+    profile = command.profile_flag()
+    command.run(lambda: train.main(only_sft(load()), profile=profile.value))

@@ -51,8 +51,8 @@ def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[]
     return lambda: states.abstract(policy.params, states.make_optimizer(optim, updates), policy.mesh)
 
 
-def main(config: Config) -> int:
-    """Runs, or goes on with, one experiment."""
+def main(config: Config, *, profile: bool = False) -> int:
+    """Runs, or goes on with, one experiment; with `profile`, two steps of each phase are traced."""
     started = time.monotonic()
     initialize_distributed()
     agreement.agree({"config": to_dict(config), "code": agreement.code_version()})
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
             if restored:
                 screen.say(f"resumed: {progress.phase} step {progress.step} is done")
             writer = open_writer(config, directory, progress) if processes.first() else Silent()
-            parts = Parts(config, directory, policy, chat, loop, world, screen, writer, checkpoints, stopper)
+            parts = Parts(config, directory, policy, chat, loop, world, screen, writer, checkpoints, stopper, profile)
             try:
                 if progress.phase == "sft":
                     state = run_sft(parts, conversations, sft_steps, state, progress)
@@ -189,4 +189,5 @@ def closing(parts: Parts, seconds: float) -> None:
 
 if __name__ == "__main__":
     load = command.config_flag()
-    command.run(lambda: main(load()))
+    profile = command.profile_flag()
+    command.run(lambda: main(load(), profile=profile.value))

@@ -150,6 +150,7 @@ def train_rl(
 
     evaluated_at(start.step)  # the run may have been stopped while it evaluated
     for step in range(start.step, steps):
+        run.mark()
         with clock("rollout"):
             try:
                 groups = rollouts.next_batch(run.stopper.check)
@@ -208,5 +209,6 @@ def train_rl(
                 save(version, accuracy)
         if run.stopper.asked:
             raise Interrupted
+    run.mark()
     run.checkpoints.wait()
     return state

@@ -7,7 +7,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
+
+import jax
 
 from open_agentrl_jax.telemetry.writer import Writer
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
@@ -64,12 +67,36 @@ class Run:
     stopper: Stopper
     every: int  # steps between checkpoints
     bar: Bar
+    mark: Callable[[], None]  # called before every step, and after the last
     first_number: int = 0  # of the phase's checkpoints: those of the phases before come first
 
     def save(self, state: TrainState, progress: Progress, *, accuracy: float | None = None) -> None:
         """Checkpoints the state with the progress and the present lengths of the run's files."""
         progress = dataclasses.replace(progress, offsets=self.writer.offsets())
         self.checkpoints.save(self.first_number + progress.step, state, progress, accuracy=accuracy)
+
+
+class Profiler:
+    """What `Run.mark` is for a trace of jax.profiler: two steps of a phase, after the four that compile."""
+
+    def __init__(self, directory: Path, *, steps: int):
+        """Does nothing yet.
+
+        Args:
+            directory: the trace is written below it.
+            steps: that are left of the phase; where they are few, the last two are traced.
+        """
+        self._directory, self._marks = directory, 0
+        self._first = max(0, min(4, steps - 2))
+        self._end = min(self._first + 2, steps)
+
+    def __call__(self) -> None:
+        """Begins or ends the trace where it is time to."""
+        if self._marks == self._first:
+            jax.profiler.start_trace(self._directory)
+        if self._marks == self._end:
+            jax.profiler.stop_trace()
+        self._marks += 1
 
 
 class Clock:
@@ -81,10 +108,11 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Times a block."""
+        """Times a block, which has this name in a trace, too."""
         started = time.perf_counter()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - started
 

@@ -89,6 +89,7 @@ def train_sft(
         run.bar(step, steps, f"loss {loss:.3f}")
 
     for step in range(start, steps):
+        run.mark()
         with clock("pack"):
             batch, used = pack([examples[step * batch_size + i] for i in range(batch_size)], **shape)
             useful = batch.useful
@@ -107,4 +108,5 @@ def train_sft(
         if run.stopper.asked:
             raise Interrupted
     log()
+    run.mark()
     return state

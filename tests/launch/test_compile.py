@@ -41,18 +41,26 @@ def test_agentic_lengths_have_the_mean_and_the_cap_that_is_asked_for():
     assert batch.segment_ids[:used].astype(bool).sum() == sizes[:200].sum()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
-def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
-    out = tmp_path / "numbers.json"
+def compiled(out, *flags):
     command = [sys.executable, "-m", "launch.compile", "--topology=v5p:2x2x1", "--layers=2", f"--out={out}"]
-    command += ["--config=configs/qwen3_4b_grpo_tcr.py", "--config.packing.length=23040"]
+    command += ["--config=configs/qwen3_4b_grpo_tcr.py", "--config.packing.length=23040", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    numbers = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_libtpu
+def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
+    numbers = compiled(tmp_path / "numbers.json")
     assert numbers["attention"] == "splash"
     assert not numbers["faults"]
     kinds = {(row["kind"], row["axis"]): row for row in numbers["collectives"]}
@@ -62,6 +70,15 @@ def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
     counters = numbers["bytes"]["moments"] - 2 * numbers["bytes"]["parameters"]
     assert 0 <= counters <= 16  # the optimizer's and the schedule's
     assert 2 < numbers["flops"]["matrix_products"] / (numbers["flops"]["model"] / 6 * 2) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_libtpu
+def test_moments_in_host_memory_take_none_of_the_devices(tmp_path):
+    sizes = compiled(tmp_path / "numbers.json", "--config.rl.optim.offload=true")["bytes"]
+    assert sizes["host"] >= 2 * sizes["parameters"]
+    assert sizes["arguments"] < 1.01 * (sizes["parameters"] + sizes["batch"])
 
 
 @pytest.mark.slow

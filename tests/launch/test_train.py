@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, real sandbox, real kills."""
 
+import gzip
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ from tests.launch.runs import lines, run, start, timeless
 def finished(tmp_path_factory):
     """One uninterrupted run that the tests of this file look at."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    done = run("train", directory)
+    done = run("train", directory, "--profile")
     assert done.returncode == 0, done.stderr[-3000:]
     return directory, done
 
@@ -28,6 +29,14 @@ def test_a_run_leaves_what_it_promises(finished):
     phases = [(line["phase"], line["step"]) for line in lines(directory)]
     assert phases == [("sft", 1), ("sft", 2), ("sft", 3), ("eval", 0), ("rl", 1), ("rl", 2), ("rl", 3), ("eval", 3)]
     assert "before RL" in done.stdout and "reward by step" in done.stdout and str(directory) in done.stdout
+
+
+def test_a_profile_shows_two_steps_of_each_phase_by_the_names_of_their_parts(finished):
+    for phase, parts in {"sft": {"pack", "dispatch", "train"}, "rl": {"rollout", "pack", "update", "publish"}}.items():
+        (trace,) = (finished[0] / "profile" / phase).rglob("*.trace.json.gz")
+        names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+        assert parts <= set(names)
+        assert names.count("pack") == 2
 
 
 def test_metrics_have_the_fields_names(finished):
