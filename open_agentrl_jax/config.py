@@ -167,9 +167,7 @@ class Rollout:
     top_k: int = 0
     slots: int = 64  # local: sequences in the KV cache
     decode_chunk: int = 16  # local: tokens decoded a dispatch
-    weights: str = (
-        "same"  # local: "same" as the trainer's | "int8": matrices in 8 bits, another policy (docs/scaling.md)
-    )
+    weights: str = "same"  # local: "same" as the trainer's | "int8": of 8 bits, another policy (docs/scaling.md)
     concurrency: int = 0  # episodes at once; 0: `slots` (local), 256 a server (sglang)
     servers: tuple = ()  # sglang: base URLs
     launch_servers: int = 0  # sglang: servers this run starts and stops itself
