@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.compile import SHAPES
-from open_agentrl_jax.models import qwen
+from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import path_name
 from open_agentrl_jax.rollout.local import LocalEngine
@@ -103,10 +103,11 @@ def random_params(config: ModelConfig) -> qwen.Params:
     return jax.tree_util.tree_map_with_path(leaf, qwen.abstract_params(config))
 
 
-def weight_bytes(params: qwen.Params, config: ModelConfig) -> int:
+def weight_bytes(params: qwen.Params, config: ModelConfig, weights: str = "same") -> int:
     """What of the weights a step reads."""
-    unread = 0 if config.tie_word_embeddings else params["embed"].nbytes
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
+    held = jax.eval_shape(int8.quantize, params) if weights == "int8" else params
+    read = {name: part for name, part in held.items() if config.tie_word_embeddings or name != "embed"}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
 
 
 def cache_bytes(config: ModelConfig, tokens: float) -> float:
@@ -154,12 +155,21 @@ async def one_round(engine: LocalEngine, batch: int, length: int, tokens: int, s
 
 
 def measure(
-    params: qwen.Params, config: ModelConfig, machine: Machine, *, batch: int, length: int, tokens: int, rounds: int
+    params: qwen.Params,
+    config: ModelConfig,
+    machine: Machine,
+    *,
+    batch: int,
+    length: int,
+    tokens: int,
+    rounds: int,
+    weights: str = "same",
 ) -> dict[str, float]:
     """One line: medians over rounds, after one that is not counted; ratios with their lowest and highest."""
-    engine = LocalEngine(params, config, slots=batch, max_length=length + tokens + 1, decode_chunk=min(16, tokens))
+    sizes: dict[str, Any] = {"slots": batch, "max_length": length + tokens + 1, "decode_chunk": min(16, tokens)}
+    engine = LocalEngine(params, config, **sizes, weights=weights)
     engine.warmup()
-    must = weight_bytes(params, config) + cache_bytes(config, batch * (length + (tokens + 1) / 2))
+    must = weight_bytes(params, config, weights) + cache_bytes(config, batch * (length + (tokens + 1) / 2))
     rows = []
     for number in range(rounds + 1):
         took = asyncio.run(one_round(engine, batch, length, tokens, number))
@@ -189,6 +199,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="launch.benchmark decode", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="small", choices=MODELS, help="a shape; the weights are random")
     parser.add_argument("--dtype", default="", help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--weights", default="same", choices=("same", "int8"), help="as rollout.weights")
     parser.add_argument("--layers", type=int, default=0, help="so many instead of all")
     parser.add_argument("--batches", default="1,8", help="requests at once")
     parser.add_argument("--lengths", default="128,1024", help="tokens in the cache")
@@ -202,12 +213,18 @@ def main(arguments: list[str]) -> None:
         config = dataclasses.replace(config, num_layers=options.layers)
     params, machine = jax.block_until_ready(random_params(config)), open_machine(dtype)
     device = {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-    print(f"{options.model}, {dtype}, {weight_bytes(params, config) / 1e9:.3f} GB of weights a step; {device}")
+    read = weight_bytes(params, config, options.weights) / 1e9
+    print(f"{options.model}, {dtype}, {read:.3f} GB of weights a step; {device}")
     lines = []
     for batch in map(int, options.batches.split(",")):
         for length in map(int, options.lengths.split(",")):
-            sizes = {"batch": batch, "length": length, "tokens": options.tokens, "rounds": options.rounds}
-            lines.append(line := measure(params, config, machine, **sizes))
+            sizes: dict[str, Any] = {
+                "batch": batch,
+                "length": length,
+                "tokens": options.tokens,
+                "rounds": options.rounds,
+            }
+            lines.append(line := measure(params, config, machine, **sizes, weights=options.weights))
             print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
     if options.out:
         text = json.dumps({"command": ["decode", *arguments], **device, "lines": lines}, indent=1)

@@ -51,6 +51,7 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
         max_length=config.agent.max_prompt + config.agent.max_response,
         decode_chunk=config.rollout.decode_chunk,
         mesh=mesh,
+        weights=config.rollout.weights,
     )
     engine.warmup()
 

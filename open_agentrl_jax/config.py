@@ -169,6 +169,7 @@ class Rollout:
     top_k: int = 0
     slots: int = 64  # local: sequences in the KV cache
     decode_chunk: int = 16  # local: tokens decoded a dispatch
+    weights: str = "same"  # local: "same" as the trainer's | "int8": of 8 bits, another policy (docs/scaling.md)
     concurrency: int = 0  # episodes at once; 0: `slots` (local), 256 a server (sglang)
     servers: tuple = ()  # sglang: base URLs
     launch_servers: int = 0  # sglang: servers this run starts and stops itself
@@ -257,6 +258,7 @@ CHOICES = {
     "rl.loss.importance_mode": ("clip", "mask"),
     "reward.turn_bonus": ("off", "paper", "reference"),
     "rollout.engine": ("local", "sglang"),
+    "rollout.weights": ("same", "int8"),
 }
 
 AT_LEAST = {
@@ -327,6 +329,17 @@ def validate(config: Config) -> list[str]:
             trains_rl and (config.rollout.top_p < 1 or config.rollout.top_k > 0) and rl.loss.old_logprobs == "rollout",
             "rl.loss.old_logprobs=rollout with top-p or top-k: their log-probs are of another distribution; "
             "set rl.loss.old_logprobs=trainer",
+        ),
+        (
+            config.rollout.weights == "int8" and config.rollout.engine != "local",
+            "rollout.weights=int8 is of the embedded engine; set rollout.engine=local, or rollout.weights=same",
+        ),
+        (
+            trains_rl
+            and config.rollout.weights == "int8"
+            and (rl.loss.old_logprobs != "trainer" or rl.loss.importance_level == "off"),
+            "rollout.weights=int8 samples from another policy than the trainer's; set rl.loss.old_logprobs=trainer and "
+            "rl.loss.importance_level=token (or sequence), or rollout.weights=same",
         ),
         (
             config.reward.overlong_buffer > config.agent.max_response,

@@ -51,6 +51,12 @@ def test_the_papers_numbers():
         ({"rl.samples": 0}, "rl.samples is 0; it must be at least 1"),
         ({"rollout.temperature": 0.0}, "rollout.temperature is 0"),
         ({"rollout.top_p": 0.9, "rl.loss.old_logprobs": "rollout"}, "old_logprobs=rollout with top-p"),
+        ({"rollout.weights": "int8"}, "rollout.weights=int8 is of the embedded engine"),
+        ({"rollout.weights": "int8", "rollout.engine": "local"}, "int8 samples from another policy"),
+        (
+            {"rollout.weights": "int8", "rl.loss.old_logprobs": "rollout", "rl.loss.importance_level": "token"},
+            "int8 samples from another policy",
+        ),
         ({"data.train": ""}, "data.train is empty"),
         ({"packing.length": 100}, "packing.length=100 cannot hold"),
         ({"reward.overlong_buffer": 99999}, "reward.overlong_buffer=99999 exceeds"),

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.kv import Cache, by_owner, each_row, write
 from open_agentrl_jax.models.linear import GENERATION, at_rest
 from open_agentrl_jax.models.qwen import Params, run_layers
+from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.parallel.sharding import P
 
 STOPS = 8  # stop ids a row may have
 
@@ -67,7 +70,7 @@ def extend(
     """The forward pass of tokens that follow what their slots hold.
 
     Args:
-      params: as models.qwen has them.
+      params: as models.qwen has them; matrices may be in 8 bits, see models/int8.py.
       model_config: the model.
       cache: filled before `starts`.
       tokens: [p c].
@@ -158,8 +161,7 @@ def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, 
         # The head gets as many rows as there are slots: the last bit of some matrix products depends on their number.
         # The barriers keep XLA from cutting the padding off again.
         hidden = jax.lax.optimization_barrier(jnp.pad(hidden, ((0, slots - a), (0, 0), (0, 0))))
-        head = params["embed"].T if model_config.tie_word_embeddings else params["head"]
-        scores = jax.lax.optimization_barrier(at_rest(hidden, head.astype(hidden.dtype), jnp.float32))
+        scores = jax.lax.optimization_barrier(_scores(params, model_config, hidden))
         token, logprob = each_row(sample)(scores[:a, 0], rows)
         stopped = jnp.any(token[:, None] == rows.stop, axis=-1)
         rows = rows._replace(
@@ -180,6 +182,15 @@ def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, 
     )
     i, cache, rows, tokens, logprobs, count = jax.lax.while_loop(unfinished, step, start)
     return cache, Sampled(tokens, logprobs, count, rows.left, i)
+
+
+def _scores(params: Params, model_config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [b t v] of hidden states [b t d], split over the devices as the head is."""
+    name = "embed" if model_config.tie_word_embeddings else "head"
+    scores = at_rest(hidden, params[name].T if model_config.tie_word_embeddings else params[name], jnp.float32)
+    if (scale := params.get(name + SCALE)) is None:
+        return scores
+    return scores * (scale if current_mesh() is None else jax.reshard(scale, P(jax.typeof(scores).sharding.spec[2])))
 
 
 def sample(scores: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:

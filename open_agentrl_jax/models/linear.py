@@ -76,12 +76,15 @@ def _look_up_at_rest(embed: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
-    """x [b t i], however it lies, times w [i o] where it lies -> y [b t o], split as o is; in `dtype`, if given."""
+    """x [b t i], however it lies, times w [i o] where it lies -> y [b t o], split as o is; in `dtype`, if given.
+
+    w may have another dtype than x, as 8-bit matrices do; it is cast in the product.
+    """
     spec = None
     if current_mesh() is not None:
         inner, outer = jax.typeof(w).sharding.spec
         x, spec = jax.reshard(x, sharding.P(None, None, inner)), sharding.P(None, None, outer)
-    return jnp.einsum("bti,io->bto", x, w, preferred_element_type=dtype, out_sharding=spec)
+    return jnp.einsum("bti,io->bto", x, w.astype(x.dtype), preferred_element_type=dtype, out_sharding=spec)
 
 
 TRAINING = Way(sharding.SPLIT, _gather, _look_up_gathered, widen, narrow)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.linear import TRAINING, Way
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.types import UserError
@@ -59,21 +60,33 @@ class Block(nnx.Module):
             self.q_norm, self.k_norm = nnx.Param(jnp.ones(c.head_dim)), nnx.Param(jnp.ones(c.head_dim))
         self.config = c
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: Any, way: Way):
-        """x [b t d] -> (x [b t d], what `attend` returned second)."""
-        q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope, way)
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        cache: Any,
+        way: Way = TRAINING,
+        scales: Params | None = None,
+    ):
+        """x [b t d] -> (x [b t d], what `attend` returned second); `scales` are those of 8-bit matrices."""
+        times = functools.partial(self._times, way, scales or {})
+        q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope, times, way)
         mixed, cache = attend(q, k, v, cache)
         mixed = mixed.reshape(*x.shape[:2], -1, out_sharding=sharding.out(way.layout.wide))
-        x = x + way.narrow(mixed, self.o[...])
+        x = x + times("o", mixed)
         y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        wide = jax.nn.silu(way.widen(y, self.gate[...])) * way.widen(y, self.up[...])
-        return x + way.narrow(wide, self.down[...]), cache
+        return x + times("down", jax.nn.silu(times("gate", y)) * times("up", y)), cache
+
+    def _times(self, way: Way, scales: Params, name: str, x: jax.Array) -> jax.Array:
+        y = (way.narrow if name in ("o", "down") else way.widen)(x, getattr(self, name)[...])
+        return (y * scales[name]).astype(x.dtype) if name in scales else y
 
     def _heads(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], way: Way
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], times: Callable[[str, jax.Array], jax.Array], way: Way
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         c = self.config
-        q, k, v = (way.widen(x, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (times(name, x) for name in ("q", "k", "v"))
         if c.qkv_bias:
             q, k, v = (y + bias[...] for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         shape, spec = (*x.shape[:2], -1, c.head_dim), sharding.out(way.layout.heads)
@@ -202,13 +215,18 @@ def run_layers(
 
     def layer(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         x = checkpoint_name(x, "layer_input")
-        weights = {name: _prepare(f"layers/{name}", stored(w), dtype, way) for name, w in of_layer[0].items()}
-        return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way)
+        scales = {name.removesuffix(SCALE): w for name, w in of_layer[0].items() if name.endswith(SCALE)}
+        names = [name for name in of_layer[0] if not name.endswith(SCALE)]
+        weights = {name: _prepare(f"layers/{name}", stored(of_layer[0][name]), dtype, way) for name in names}
+        return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way, scales)
 
     if model_config.remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[model_config.remat], prevent_cse=False)
     # Looked up in float32: the gradient of a frequent token is a sum of thousands, which bfloat16 would stop short.
-    x = sharding.constrain(stored(way.look_up(params["embed"], tokens)).astype(dtype), way.layout.hidden)
+    x = stored(way.look_up(params["embed"], tokens))
+    if (scale := params.get("embed" + SCALE)) is not None:
+        x = x * scale.at[tokens].get()[..., None]
+    x = sharding.constrain(x.astype(dtype), way.layout.hidden)
     x, new = jax.lax.scan(layer, x, (params["layers"], cache))
     return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new
 
@@ -253,7 +271,7 @@ def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype, way: Way) -> jax.Ar
     # what travels between devices is in the compute dtype.
     if weight.ndim == 1:
         return weight
-    if weight.dtype != dtype:
+    if weight.dtype not in (dtype, jnp.int8):
         # The same rounding, said twice: a bare cast TPU compilers take out of the loops, and hold all layers cast.
         precision = jnp.finfo(dtype)
         weight = jax.lax.reduce_precision(weight, precision.nexp, precision.nmant).astype(dtype)

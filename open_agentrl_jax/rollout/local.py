@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from open_agentrl_jax.models import decode, hf, kv, qwen
+from open_agentrl_jax.models import decode, hf, int8, kv, qwen
 from open_agentrl_jax.models.config import RUN_TIME, ModelConfig
 from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.rollout.engine import EngineError
@@ -66,6 +66,7 @@ class LocalEngine:
         prefill_chunks: Sequence[int] = (16, 64, 256, 1024),
         version: int = 0,
         mesh: jax.sharding.Mesh | None = None,
+        weights: str = "same",
     ):
         """Allocates the cache and starts the thread; `warmup` compiles.
 
@@ -79,6 +80,7 @@ class LocalEngine:
           prefill_chunks: lengths that prefill is compiled for; those above half of max_length are left out.
           version: of `params`.
           mesh: devices of this process to generate on together, laid out as the trainer's; None: one device.
+          weights: "same", or "int8": it samples, and gives log-probs, from a copy with 8-bit matrices (models/int8.py).
 
         Raises:
           UserError: a size that cannot be, or a mesh that does not divide the model.
@@ -92,6 +94,7 @@ class LocalEngine:
                 f"{model_config.max_position_embeddings}; lower it"
             )
         self.config = dataclasses.replace(model_config, compute_dtype=dtype or model_config.compute_dtype, remat="none")
+        self._weights = weights
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         parts = 1 if self._mesh is None else kv.groups(self._mesh)
         slots = -(-slots // parts) * parts
@@ -317,7 +320,10 @@ class LocalEngine:
         dtype = np.dtype(self.config.compute_dtype)
         # The mesh that the arrays come from is the trainer's affair; device_put shares what lies in its place already.
         with self._turn:
-            self._params = jax.tree.map(lambda x, s: jax.device_put(x, s).astype(dtype), params, self._shardings)
+            placed = jax.tree.map(jax.device_put, params, self._shardings)
+            if self._weights == "int8":
+                placed = int8.quantize(placed)
+            self._params = jax.tree.map(lambda x: x if x.dtype == np.int8 else x.astype(dtype), placed)
         self._version = version
         self._books.forget_prompts()
 

@@ -33,6 +33,9 @@ def test_what_a_step_reads_is_counted_from_the_shapes():
     assert module.weight_bytes(tied, config) == 4 * (64 * 16 + layers)
     apart = ModelConfig(**TINY | {"tie_word_embeddings": False}, compute_dtype="bfloat16")
     assert module.weight_bytes(module.random_params(apart), apart) == 2 * (64 * 16 + layers)  # the head, no embedding
+    scales = 2 * (32 + 2 * 16 + 16 + 2 * 32 + 16) + 64  # q, k and v, o, gate and up, down; the embedding's rows
+    matrices = 64 * 16 + 2 * (attention + mlp)
+    assert module.weight_bytes(tied, config, "int8") == matrices + 4 * (scales + layers - 2 * (attention + mlp))
     assert module.cache_bytes(config, 3) == 3 * 2 * 2 * 2 * 8 * 4
     jax.tree.map(lambda x, y: x.shape == y.shape or pytest.fail(), tied, qwen.abstract_params(config))
 

@@ -26,7 +26,14 @@ MODELS = {
     "tied": ModelConfig("qwen3", num_kv_heads=2, tie_word_embeddings=True, initializer_range=0.2, **SHAPE),
     "untied": ModelConfig("qwen2", num_kv_heads=4, initializer_range=0.2, **SHAPE),
 }
-CASES = [("tied", (2, 2, 1, 2)), ("tied", (1, 2, 2, 2)), ("untied", (1, 8, 1, 1)), ("untied", (1, 1, 2, 4))]
+CASES = [
+    ("tied", (2, 2, 1, 2), "same"),
+    ("tied", (1, 2, 2, 2), "same"),
+    ("untied", (1, 8, 1, 1), "same"),
+    ("untied", (1, 1, 2, 4), "same"),
+    ("tied", (2, 1, 2, 2), "int8"),
+    ("untied", (1, 4, 1, 2), "int8"),
+]
 SHARED = np.random.default_rng(9).integers(0, 96, 21).tolist()
 
 
@@ -52,13 +59,15 @@ async def play(engine, slow=0.0):
     )
 
 
-def played(params, config, mesh, slots=6, slow=0.0):
+def played(params, config, mesh, weights, slow=0.0):
     """What the requests got, whether arrays are shared with `params`, and the engine's counts."""
-    engine = LocalEngine(params, config, slots=slots, max_length=64, decode_chunk=4, prefill_chunks=(8, 16), mesh=mesh)
+    engine = LocalEngine(
+        params, config, slots=6, max_length=64, decode_chunk=4, prefill_chunks=(8, 16), mesh=mesh, weights=weights
+    )
     engine.warmup()
     shared = all(
         a.data.unsafe_buffer_pointer() == b.data.unsafe_buffer_pointer()
-        for ours, theirs in zip(jax.tree.leaves(engine._params), jax.tree.leaves(params), strict=True)
+        for ours, theirs in zip(jax.tree.leaves(engine._params), jax.tree.leaves(params), strict=weights == "same")
         for a, b in zip(ours.addressable_shards, theirs.addressable_shards, strict=True)
     )
     held = engine._cache.k.addressable_shards[0].data.size / engine._cache.k.size
@@ -70,20 +79,21 @@ def played(params, config, mesh, slots=6, slow=0.0):
 
 def main():
     cases = []
-    for name, sizes in [CASES[int(number)] for number in sys.argv[1:]]:
+    for name, sizes, weights in [CASES[int(number)] for number in sys.argv[1:]]:
         config = MODELS[name]
         params = jax.tree.map(lambda x: x + 0.03 * np.cos(np.arange(x.size)).reshape(x.shape), qwen.init(config, 0))
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-        alone, _ = played(jax.device_put(params, jax.devices()[0]), config, None)
+        alone, _ = played(jax.device_put(params, jax.devices()[0]), config, None, weights)
         mesh = make_mesh(*sizes)
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, qwen.param_shardings(config, mesh))
-            got, stats = played(placed, config, mesh)
-            again, _ = played(placed, config, mesh, slow=0.05)
+            got, stats = played(placed, config, mesh, weights)
+            again, _ = played(placed, config, mesh, weights, slow=0.05)
         cases.append(
             {
                 "model": name,
                 "mesh": sizes,
+                "weights": weights,
                 "tokens": [a[0] == b[0] for a, b in zip(got, alone, strict=True)],
                 "logprobs": max(np.abs(np.subtract(a[1], b[1])).max() for a, b in zip(got, alone, strict=True)),
                 "bits": got == again,

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("cases", [("0",), pytest.param(("1", "2", "3"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [("0",), pytest.param(tuple("12345"), marks=pytest.mark.slow)])
 def test_any_mesh_generates_what_one_device_does(cases):
     """Two turns, groups, more requests than slots; sampled tokens too, though only the greedy ones must be equal.
 
@@ -27,5 +27,5 @@ def test_any_mesh_generates_what_one_device_does(cases):
         assert all(case["tokens"]), case
         assert 0 < case["logprobs"] < 1e-5, case  # sums are added up in another order
         assert case["bits"], case  # in other slots, at other times, with others
-        assert case["shared"] and case["held"] == 1 / 8, case
+        assert case["shared"] == (case["weights"] == "same") and case["held"] == 1 / 8, case
         assert case["cached_tokens"] > 0 and case["parked"] > 0 and case["recompilations"] == 0, case
