@@ -236,10 +236,13 @@ def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfi
     loop = EventLoop()
     first = publish_weights(params, config, folder / "weights", 0)
     flags = [*CPU_FLAGS[: CPU_FLAGS.index("--dtype") + 1], options.dtype, *CPU_FLAGS[CPU_FLAGS.index("--dtype") + 2 :]]
+    flags += ["--mem-fraction-static", "0.5"]  # the quickstart's 0.05 does not hold the larger models
     count = sum(file.stat().st_size for file in first.glob("*.safetensors"))
     sync = options.fsync and medium(folder) != "tmpfs"
     copy = Copy(folder / "copy", count, sync)
-    with LaunchedServers(first, options.servers, log_dir=folder, context_length=1024, flags=flags) as servers:
+    with LaunchedServers(
+        first, options.servers, log_dir=folder, context_length=1024, max_tokens=2048, flags=flags
+    ) as servers:
         servers.wait()
         proof: list[Callable[[], np.ndarray]] = []
         pool = SGLangPool(servers.urls, vocab_size=config.vocab_size, replay=lambda ids: proof[-1]())
