@@ -146,7 +146,7 @@ def main(world: isolation.World, slot: int, threads: int, channel: socket.socket
         program = _Program(request["code"], disk=world.plan.disk)
         try:
             write_files(request["files"], disk=world.plan.disk)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             os.write(3, f"r{error}".encode())
             leave(1)
         os.write(3, b"k")
@@ -208,6 +208,7 @@ def write_files(files: dict[str, bytes], *, disk: bool) -> None:
 
     Raises:
         OSError: there is no private file system, or the name leads out of it.
+        ValueError, RecursionError: it is no name of a file, or one too deep.
     """
     if files and not disk:
         raise OSError("files need a private file system, which this level of isolation does not have")

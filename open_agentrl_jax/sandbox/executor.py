@@ -32,6 +32,8 @@ STARTING = 120.0  # seconds that a fork server may take to warm
 SLACK = 10.0  # seconds after which a fork server that reports no end is held dead
 HEAVY = re.compile(r"\b(numpy|sympy|scipy)\b")
 LONGEST_SCAN = 65_536  # characters; a longer program may import in the child
+LONGEST = 1e7  # seconds of a time limit: one that a clock cannot hold would end the fork server
+LARGEST_MB = 1 << 20  # a greater memory limit limits nothing
 
 
 class Died(Exception):
@@ -203,6 +205,16 @@ class Request:
     files: dict[str, bytes]
     fetch: tuple[str, ...]
 
+    def fault(self) -> str:
+        """What is wrong with it, for which it is refused; "" where nothing is."""
+        if not self.timeout <= LONGEST:  # NaN is neither less nor more
+            return f"timeout: seconds up to {LONGEST:g}, not {self.timeout}"
+        if not self.memory_mb >= 1:
+            return f"memory_mb: 1 MiB at least, not {self.memory_mb}"
+        if len(self.fetch) > isolation.INODES:
+            return f"fetch: {isolation.INODES} files at most, not {len(self.fetch)}"
+        return ""
+
     def packed(self) -> bytes:
         """As a child reads it."""
         body = marshal.dumps(
@@ -210,7 +222,7 @@ class Request:
                 "code": self.code.encode("utf-8", "surrogatepass"),
                 "stdin": self.stdin.encode("utf-8", "surrogatepass"),
                 "timeout": float(self.timeout),
-                "memory_mb": int(self.memory_mb),
+                "memory_mb": int(min(self.memory_mb, LARGEST_MB)),
                 "files": {name: bytes(content) for name, content in self.files.items()},
                 "fetch": bool(self.fetch),
             }
@@ -260,6 +272,8 @@ class Embedded(Background):
     ) -> Result:
         """Runs one program; see `Sandbox.run`."""
         request = Request(code, stdin, timeout, memory_mb, files or {}, tuple(fetch))
+        if fault := request.fault():
+            return Result("refused", None, "", fault, 0.0)
         return await self.here(self._run(request))
 
     async def _release(self) -> None:
@@ -302,6 +316,7 @@ class Embedded(Background):
         return server
 
     async def _once(self, tier: str, request: Request) -> Result:
+        data = request.packed()
         server = await self._server(tier)
         pid, channel = await asyncio.wait_for(server.take(), SLACK)
         end = server.ends[pid] = self.loop.create_future()
@@ -317,7 +332,7 @@ class Embedded(Background):
             self.loop.add_reader(stream.descriptor, self._take, stream)
         try:
             server.send(start=pid, timeout=request.timeout)
-            await self._hand_over(channel, request.packed(), [write for _, write in pipes])
+            await self._hand_over(channel, data, [write for _, write in pipes])
             try:
                 report = await asyncio.wait_for(end, request.timeout + SLACK)
             except TimeoutError:
@@ -327,9 +342,11 @@ class Embedded(Background):
                 while stream.size <= 2 * FLOOD and stream.read():
                     pass
             said, directories = _hear(channel)
-            files = fetching.collect(directories[0], request.fetch) if directories else {}
-            for directory in directories:
-                os.close(directory)
+            try:
+                files = fetching.collect(directories[0], request.fetch) if directories else {}
+            finally:
+                for directory in directories:
+                    os.close(directory)
             return self._result(request, report, said, streams, flooded.is_set(), files)
         finally:
             if server.ends.pop(pid, None) is not None:

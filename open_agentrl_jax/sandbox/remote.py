@@ -10,6 +10,7 @@ import asyncio
 import base64
 import collections
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ IN_FLIGHT = 128
 ATTEMPTS = 8
 WAITING = 30.0  # seconds that a server may let a run wait beyond its own time limit
 COOLING = 5.0  # seconds without runs for a server that failed; then it is pinged first
+LARGEST = 256 * 2**20  # bytes of an answer that are read; more is a fault of the server
 PAUSE, LONGEST_PAUSE = 0.2, 8.0  # seconds before the second attempt, doubled for each further one up to the longest
 
 
@@ -49,7 +51,11 @@ def server_url(text: str) -> str:
         UserError: it is no HTTP URL.
     """
     url = text.strip().rstrip("/").removesuffix("/run_code")
-    if not url.startswith(("http://", "https://")):
+    try:
+        usable = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
         raise UserError(f"sandbox.urls: {text!r} is no URL of a server; write it as http://host:port")
     return url
 
@@ -102,7 +108,11 @@ class Remote(Background):
             "files": {name: base64.b64encode(content).decode() for name, content in (files or {}).items()},
             "fetch_files": list(fetch),
         }
-        return await self.here(self._run(body, timeout))
+        try:
+            packed = json.dumps(body, allow_nan=False).encode()  # ASCII: half a surrogate pair goes through too
+        except ValueError:
+            return Result("refused", None, "", f"timeout and memory_mb must be finite: {timeout}, {memory_mb}", 0.0)
+        return await self.here(self._run(packed, timeout))
 
     async def ping(self) -> list[bool]:
         """Which servers answer."""
@@ -114,7 +124,7 @@ class Remote(Background):
     async def _release(self) -> None:
         await self._client.aclose()
 
-    async def _run(self, body: dict[str, Any], timeout: float) -> Result:
+    async def _run(self, body: bytes, timeout: float) -> Result:
         self.counts["runs"] += 1
         async with self._turns:
             started = time.monotonic()
@@ -158,26 +168,41 @@ class Remote(Background):
         server.again_at = time.monotonic() + COOLING if server.down else 0.0
         return not server.down
 
-    async def _once(self, body: dict[str, Any], patience: float) -> Result:
+    async def _once(self, body: bytes, patience: float) -> Result:
         server = await self._choose()
         server.running += 1
         try:
             async with asyncio.timeout(patience):
-                answer = await self._client.post(f"{server.url}/run_code", json=body, timeout=patience)
+                status, answer = await self._post(f"{server.url}/run_code", body, patience)
         except (httpx.HTTPError, TimeoutError) as error:
             server.down, server.again_at = True, time.monotonic() + COOLING
             raise Fault(f"{server.url}: {type(error).__name__}: {error}") from error
         finally:
             server.running -= 1
-        if answer.status_code in (400, 413, 422):
-            return Result("refused", None, "", answer.text[:2000], 0.0)
-        if answer.status_code != 200:
+        if status in (400, 413, 422):
+            return Result("refused", None, "", answer[:2000].decode("utf-8", "replace"), 0.0)
+        if status != 200:
             server.again_at = time.monotonic() + PAUSE
-            raise Fault(f"{server.url}: HTTP {answer.status_code}: {answer.text[:500]}")
+            raise Fault(f"{server.url}: HTTP {status}: {answer[:500].decode('utf-8', 'replace')}")
         try:
-            return read_answer(answer.json())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return read_answer(json.loads(answer))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Fault(f"{server.url}: an answer that cannot be read: {error}") from error
+
+    async def _post(self, url: str, body: bytes, patience: float) -> tuple[int, bytes]:
+        """Status and content of an answer, which may be endless.
+
+        Raises:
+            Fault: it is too large.
+        """
+        headers = {"Content-Type": "application/json"}
+        async with self._client.stream("POST", url, content=body, headers=headers, timeout=patience) as answer:
+            content = bytearray()
+            async for part in answer.aiter_bytes():
+                content += part
+                if len(content) > LARGEST:
+                    raise Fault(f"{url}: an answer of more than {LARGEST} bytes")
+            return answer.status_code, bytes(content)
 
 
 def read_answer(answer: dict[str, Any]) -> Result:
@@ -189,9 +214,11 @@ def read_answer(answer: dict[str, Any]) -> Result:
     ran = answer.get("run_result") or answer.get("compile_result")
     if answer["status"] not in ("Success", "Failed") or ran is None or ran["status"] == "Error":
         raise Fault(f"SandboxError: {answer.get('message') or ran}")
-    code, stderr = ran.get("return_code"), ran.get("stderr") or ""
+    code, stdout, stderr = ran.get("return_code"), ran.get("stdout") or "", ran.get("stderr") or ""
+    if not isinstance(code, int | None) or not isinstance(stdout, str) or not isinstance(stderr, str):
+        raise TypeError("return_code is no number, or stdout and stderr are no text")
     status = "timeout" if ran["status"] == "TimeLimitExceeded" else "finished"
     if status == "finished" and (answer.get("message") == "memory" or (code != 0 and out_of_memory(stderr))):
         status = "memory"
     files = {name: base64.b64decode(content) for name, content in (answer.get("files") or {}).items()}
-    return Result(status, code, ran.get("stdout") or "", stderr, float(ran.get("execution_time") or 0.0), files)
+    return Result(status, code, stdout, stderr, float(ran.get("execution_time") or 0.0), files)

@@ -17,14 +17,13 @@ from typing import Any
 
 from aiohttp import web
 
-from open_agentrl_jax.sandbox.executor import Embedded
+from open_agentrl_jax.sandbox.executor import LARGEST_MB, Embedded
 from open_agentrl_jax.sandbox.result import Result
 from open_agentrl_jax.types import UserError
 
 LARGEST_BODY = 128 * 2**20  # bytes
 OPEN_PATHS = ("/v1/ping", "/health")
 DEFAULT_SECONDS, DEFAULT_MB = 10.0, 2048  # SandboxFusion's and ours, where the request says nothing
-LARGEST_MB = 1 << 20  # a greater limit limits nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_request(body: Any, longest: float) -> dict[str, Any]:
         "code": body["code"],
         "stdin": stdin,
         "timeout": float(timeout),
-        "memory_mb": int(min(memory, LARGEST_MB)) if memory > 0 else DEFAULT_MB,
+        "memory_mb": max(int(min(memory, LARGEST_MB)), 1) if memory > 0 else DEFAULT_MB,
         "files": decoded,
         "fetch": tuple(fetch),
     }
@@ -179,7 +178,7 @@ class Api:
             arguments = read_request(await request.json(), self.spec.longest)
         except Invalid as error:
             return self._refuse(422, str(error))
-        except ValueError:
+        except (ValueError, LookupError, RecursionError):  # of another encoding, or nested without end
             return self._refuse(422, "the body is not JSON")
         waiting = self.pending - self.sandbox.max_active
         if waiting >= self.spec.max_queue:

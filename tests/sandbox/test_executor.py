@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from open_agentrl_jax.sandbox import child, executor, isolation, probes
+from open_agentrl_jax.sandbox import child, executor, fetching, isolation, probes
 from open_agentrl_jax.sandbox.client import Result, SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError
 
@@ -150,6 +150,46 @@ async def test_files_in_and_out(sandbox):
     assert (late.status, late.files) == ("timeout", {"x": b"kept"})
     outside = await sandbox.run("print(1)", files={"../../escape": b""})
     assert (outside.status, outside.stdout) == ("refused", "")
+
+
+@pytest.mark.parametrize(
+    ("named", "status"),
+    [
+        ({"timeout": float("nan")}, "refused"),
+        ({"timeout": float("inf")}, "refused"),
+        ({"timeout": 1e12}, "refused"),
+        ({"timeout": -1}, "timeout"),
+        ({"timeout": 1e-6}, "timeout"),
+        ({"memory_mb": 0}, "refused"),
+        ({"memory_mb": -5}, "refused"),
+        ({"memory_mb": float("nan")}, "refused"),
+        ({"memory_mb": 10**30}, "finished"),
+        ({"fetch": ("x",) * 5000}, "refused"),
+        ({"fetch": ("a\0b", "\ud800", "x" * 5000)}, "finished"),
+        ({"files": {"a\0b": b""}}, "refused"),
+        ({"files": {"\ud800": b""}}, "refused"),
+        ({"files": {"a/" * 1900 + "b": b""}}, "refused"),
+        ({"stdin": "\ud800"}, "finished"),
+    ],
+)
+async def test_strange_requests_harm_no_other_run(sandbox, named, status):
+    before = sandbox.counts["fork_servers_restarted"], sandbox.counts["infrastructure"]
+    other, strange = await asyncio.gather(
+        sandbox.run("import time; time.sleep(0.3); print(1)"), sandbox.run("pass", **named)
+    )
+    assert (strange.status, other.stdout) == (status, "1\n")
+    assert (sandbox.counts["fork_servers_restarted"], sandbox.counts["infrastructure"]) == before
+
+
+def test_files_are_fetched_up_to_a_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "LARGEST", 10)
+    (tmp_path / "small").write_bytes(b"12345")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    found = fetching.collect(directory, ("sparse", "small", "./small", "././small"))
+    os.close(directory)
+    assert sorted(found) == ["./small", "small"]
 
 
 async def test_nothing_is_left_for_the_next_run(sandbox):

@@ -121,6 +121,27 @@ async def test_wrong_requests_are_answered_422(sandbox, body):
     assert answer.status_code == 422 and answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        ("[" * 100_000, {}),
+        ('{"code": ' * 50_000, {}),
+        (b"\xff\xfe", {}),
+        ('{"code": "1"}', {"Content-Type": "application/json; charset=klingon"}),
+        ("", {}),
+        ("null", {}),
+        ('{"code": "1", "fetch_files": [' + '"x",' * 5000 + '"x"]}', {}),
+        ('{"code": "1", "run_timeout": NaN}', {}),
+        ('{"code": "1", "run_timeout": Infinity}', {}),
+        ('{"code": "1", "run_timeout": ' + "9" * 5000 + "}", {}),
+        ('{"code": "1", "files": {"a\\u0000": ""}}', {}),
+    ],
+)
+async def test_wrong_bodies_are_answered_422(sandbox, content, headers):
+    async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.post(f"{url}/run_code", content=content, headers=headers)).status_code == 422
+
+
 @pytest.mark.parametrize("limit", ["1e300", "Infinity", "NaN", "-5"])
 async def test_strange_memory_limits_are_no_failure(sandbox, limit):
     body = f'{{"code": "print(1)", "language": "python", "memory_limit_MB": {limit}}}'
@@ -234,6 +255,49 @@ async def test_faults_are_retried_and_then_infrastructure(fault):
     assert calls >= 2 and client.counts["retries"] == remote.ATTEMPTS - 1
 
 
+@pytest.mark.parametrize(
+    "ran",
+    [
+        "[" * 100_000,
+        '{"status": "Finished", "return_code": "0", "stdout": "", "stderr": ""}',
+        '{"status": "Finished", "return_code": 0, "stdout": 5, "stderr": ""}',
+        '{"status": "Finished", "return_code": 0, "stdout": "", "stderr": ["x"]}',
+        '{"status": "Finished", "return_code": 0, "stdout": "", "execution_time": "soon"}',
+    ],
+)
+async def test_servers_that_lie_are_infrastructure(ran):
+    async def handler(request):
+        return web.Response(text=f'{{"status": "Success", "run_result": {ran}}}')
+
+    async with faking(handler) as url, remote.Remote([url]) as client:
+        assert (await client.run("print(1)")).status == "infrastructure"
+
+
+async def test_an_endless_answer_is_not_kept(monkeypatch):
+    monkeypatch.setattr(remote, "LARGEST", 1 << 20)
+    sent = 0
+
+    async def handler(request):
+        nonlocal sent
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await answer.write(bytes(1 << 16))
+                sent += 1 << 16
+
+    async with faking(handler) as url, remote.Remote([url]) as client:
+        result = await client.run("print(1)")
+    assert result.status == "infrastructure" and "more than" in result.stderr
+    assert sent < 40 * remote.ATTEMPTS << 20
+
+
+async def test_half_a_character_reaches_the_server_and_nan_does_not(sandbox):
+    async with serving(sandbox) as url, remote.Remote([url]) as client:
+        assert "surrogates" in (await client.run("print('\ud800')")).stderr
+        assert (await client.run("print(1)", timeout=float("nan"))).status == "refused"
+
+
 async def test_a_fault_that_passes_costs_nothing_but_time(sandbox):
     calls = 0
 
@@ -278,6 +342,9 @@ def test_urls_are_checked():
     assert remote.server_url("http://a:1/run_code/ ".strip()) == "http://a:1"
     with pytest.raises(UserError, match=r"sandbox.urls.*http://host:port"):
         remote.Remote(["localhost:8080"])
+    for text in ("http://", "http://[::1", "http://a:port"):
+        with pytest.raises(UserError, match=r"sandbox.urls"):
+            remote.server_url(text)
 
 
 def start_command(*options: str) -> tuple[subprocess.Popen[str], str]:
