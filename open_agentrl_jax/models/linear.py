@@ -78,12 +78,17 @@ def _look_up_at_rest(embed: jax.Array, tokens: jax.Array) -> jax.Array:
 def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     """x [b t i], however it lies, times w [i o] where it lies -> y [b t o], split as o is; in `dtype`, if given.
 
-    w may have another dtype than x, as 8-bit matrices do; it is cast in the product.
+    w may be in 8 bits: then it is an operand of the product as it is. A cast of it would be an operation of its own,
+    which compilers take out of the loop over steps: they read, and hold, the cast matrix.
     """
     spec = None
     if current_mesh() is not None:
         inner, outer = jax.typeof(w).sharding.spec
         x, spec = jax.reshard(x, sharding.P(None, None, inner)), sharding.P(None, None, outer)
+    if w.dtype == jnp.int8:
+        return jax.lax.dot_general(
+            x, w, (((2,), (0,)), ((), ())), preferred_element_type=dtype or x.dtype, out_sharding=spec
+        )
     return jnp.einsum("bti,io->bto", x, w.astype(x.dtype), preferred_element_type=dtype, out_sharding=spec)
 
 
