@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.blocks import Where
+from open_agentrl_jax.types import UserError
 
 # Segments in a row of 23,040 tokens of agentic lengths (mean 4k): 6 on average. The log-sum-exp of 32 segments, heads
 # and 23,040 tokens is 94 MB.
@@ -48,17 +49,20 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> 
     # cuDNN neither reads nor writes what is in no segment: what lies there must reach neither output nor gradients.
     q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     lengths, starts = layout(segments)
-    o = library.dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=starts,
-        kv_offsets=starts,
-        scale=1 / math.sqrt(q.shape[-1]),
-        mask_type=library.MaskType.PADDING_CAUSAL,
-    )
+    try:
+        o = library.dot_product_attention(
+            q,
+            k,
+            v,
+            q_seqlen=lengths,
+            kv_seqlen=lengths,
+            q_offsets=starts,
+            kv_offsets=starts,
+            scale=1 / math.sqrt(q.shape[-1]),
+            mask_type=library.MaskType.PADDING_CAUSAL,
+        )
+    except (NotImplementedError, RuntimeError) as error:  # another GPU, one that is not here, no cuDNN, an odd head_dim
+        raise UserError(f"model.attention=cudnn: {' '.join(str(error).split())}; use auto") from error
     return checkpoint_name(jnp.where(real, jnp.asarray(o), 0), "attention")
 
 

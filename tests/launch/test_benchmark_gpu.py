@@ -29,6 +29,7 @@ def test_without_a_gpu_it_is_one_line():
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow  # it compiles two whole updates
 def test_the_parts_run(work):
     (row,) = module.attention_part(work, small=True)

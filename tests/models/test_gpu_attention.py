@@ -135,6 +135,18 @@ def test_cudnn_gets_each_segment_as_a_sequence(monkeypatch):
     np.testing.assert_allclose(o, module.plain(q, k, v, where, where), atol=1e-5)
 
 
+def test_cudnn_says_what_it_does_not_take(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    def instead(*_, **__):
+        raise NotImplementedError("Packed layout requires\n Hopper.")
+
+    monkeypatch.setattr(library, "dot_product_attention", instead)
+    x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
+    with pytest.raises(UserError, match=r"attention=cudnn: Packed layout requires Hopper\.; use auto"):
+        cudnn._by_cudnn(x, x, x, jnp.ones((1, 4), jnp.int32))
+
+
 def test_cudnn_leaves_rows_of_very_many_segments_to_another():
     segments = jnp.arange(1, 41)[None]
     where = Where(segments, jnp.zeros_like(segments))
