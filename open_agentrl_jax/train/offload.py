@@ -14,7 +14,10 @@ HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 @dataclasses.dataclass(frozen=True)
 class AdamWOnHost:
-    """Global-norm clip and AdamW as optax computes them, with their state's tree, the moments in pinned host memory."""
+    """Global-norm clip and AdamW as optax computes them, with their state's tree, the moments in pinned host memory.
+
+    The formulas are written out, since optax updates all parameters at once.
+    """
 
     rate: optax.Schedule
     b1: float
