@@ -2,7 +2,7 @@
 
 `root` is a path that all servers see: a shared file system, or a tmpfs on one machine. A version is written beside its
 name and renamed; the last two stay, as a server that comes back may still be reading the one before. Each process
-writes its own share of the files, while the next tensors come from the devices.
+writes its own share of the files, with several threads, while the next tensors come from the devices.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from open_agentrl_jax.types import UserError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_BYTES = 2**30
 _AHEAD = 3  # tensors on their way from the devices
-_WRITERS = min(8, len(os.sched_getaffinity(0)))
+_WRITERS = min(8, os.cpu_count() or 1)
 _PIECE = 2**23  # bytes that a writer rounds, turns and writes at once, in memory that it keeps
 _STRIP = 16  # rows turned at once: half a cache line of the result
 _memory = threading.local()
