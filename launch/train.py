@@ -66,6 +66,12 @@ def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[]
 
 def main(config: Config) -> int:
     """Runs, or goes on with, one experiment."""
+    with assemble.undone_if_refused(Path(config.directory)):
+        return experiment(config)
+
+
+def experiment(config: Config) -> int:
+    """As `main`; a mistake told late leaves what was made until then."""
     started = time.monotonic()
     initialize_distributed()
     agreement.agree({"config": to_dict(config), "code": agreement.code_version()})
