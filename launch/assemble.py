@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,24 @@ def claim_directory(config: Config) -> Path:
     return directory
 
 
+@contextlib.contextmanager
+def undone_if_refused(directory: Path) -> Iterator[None]:
+    """Where a user's mistake ends the command before anything was trained, what it made here goes.
+
+    Else the command with the mistake mended would be another config than the one that the directory is claimed for.
+    """
+    before = set(os.listdir(directory)) if directory.is_dir() else set()
+    try:
+        yield
+    except UserError:
+        if processes.first() and not (directory / "metrics.jsonl").exists():
+            for name in {"init", "init.tokenizer"} - before:
+                shutil.rmtree(directory / name, ignore_errors=True)
+            for name in {"config.json", "sft.parquet"} - before:
+                (directory / name).unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or nothing."""
     temporary = path.with_name(path.name + ".writing")
@@ -77,8 +97,6 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 def load_policy(config: Config, directory: Path) -> Policy:
     """Loads `model.path`, or creates the `model.new` one under the run directory first."""
-    from transformers import AutoTokenizer
-
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     if mesh.size == 1:
         mesh = None  # on one device nothing is ever laid out anew, and less is compiled
@@ -86,11 +104,10 @@ def load_policy(config: Config, directory: Path) -> Policy:
     if not config.model.path:
         processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))
     resolved = hf.resolve(path)
-    source = config.model.tokenizer or resolved
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise UserError(f"model.tokenizer={source}: {' '.join(str(error).split())[:300]}") from error
+    if (resolved / "export" / "config.json").exists():
+        raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
+    source = config.model.tokenizer or str(resolved)
+    tokenizer_path, tokenizer = load_tokenizer(source)
     dtype = config.model.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -104,16 +121,25 @@ def load_policy(config: Config, directory: Path) -> Policy:
             f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {model_config.vocab_size};"
             " use the tokenizer that belongs to the model"
         )
-    return Policy(hf.resolve(source), model_config, params, mesh, tokenizer)
+    return Policy(tokenizer_path, model_config, params, mesh, tokenizer)
+
+
+def load_tokenizer(source: str) -> tuple[Path, Any]:
+    """The tokenizer of a folder or Hub id, and the folder that its files lie in; weights beside it are not fetched."""
+    from transformers import AutoTokenizer
+
+    folder = hf.resolve(source, weights=False)
+    try:
+        return folder, AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"model.tokenizer={source}: {' '.join(str(error).split())[:300]}") from error
 
 
 def create_model(config: Config, path: Path) -> None:
     """Writes a seed-initialised model, with its tokenizer, as a Hugging Face folder."""
-    from transformers import AutoTokenizer
-
     new = config.model.new
     if config.model.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer)
+        tokenizer = load_tokenizer(config.model.tokenizer)[1]
     else:
         tokenizer = synthetic.train_tokenizer(synthetic.corpus(config.seed))
     saved = path.with_name(path.name + ".tokenizer")

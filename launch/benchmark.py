@@ -20,7 +20,10 @@ def main() -> None:
     """Runs the benchmark that the first argument names."""
     name, *arguments = sys.argv[1:] or [""]
     if name not in BENCHMARKS:
-        sys.exit(f"usage: python -m launch.benchmark {{{','.join(BENCHMARKS)}}} [options]")
+        asked = name in ("-h", "--help")
+        usage = f"usage: python -m launch.benchmark {{{','.join(BENCHMARKS)}}} [options]"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     importlib.import_module(BENCHMARKS[name]).main(arguments)
 
 

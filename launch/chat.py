@@ -27,11 +27,13 @@ from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.types import Message, Sampling, UserError
 
 MODEL = flags.DEFINE_string("model", "", "a Hugging Face folder, e.g. runs/quickstart/export, or a Hub id")
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of sampling; 0: the likeliest token")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "of sampling")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of sampling; 0: the likeliest token", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "of sampling", lower_bound=0.0, upper_bound=1.0)
 SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 SLOTS = flags.DEFINE_integer("slots", 8, "answers generated at once (--serve)")
-SERVE = flags.DEFINE_integer("serve", -1, "serve an OpenAI-compatible endpoint on this port (0: any free one)")
+SERVE = flags.DEFINE_integer(
+    "serve", -1, "serve an OpenAI-compatible endpoint on this port (0: any free one)", lower_bound=-1, upper_bound=65535
+)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "with --serve; beyond loopback CHAT_TOKEN must be set")
 MAX_RESPONSE = flags.DEFINE_integer("max_response", 0, "tokens of an answer, tool outputs included; 0: the run's")
 MAX_TURNS = flags.DEFINE_integer("max_turns", 0, "assistant turns of an answer; 0: the run's")

@@ -1,7 +1,7 @@
 """Real tool-use trajectories from a teacher, kept where they are right: the SFT set.
 
     python -m launch.collect --config=configs/quickstart.py --teacher=runs/quickstart/export --tries=4
-    python -m launch.collect --config=configs/qwen3_4b_grpo_tcr.py --config.data.train=gsm8k_train.jsonl \
+    python -m launch.collect --config=configs/qwen3_4b_grpo_tcr.py --config.data.train=gsm8k_train.jsonl \\
         --endpoint=https://host/v1 --endpoint_model=NAME          # OPENAI_API_KEY holds the key
 
 The teacher is a Hugging Face folder on the embedded engine, SGLang servers (`--config.rollout.engine=sglang`) or an

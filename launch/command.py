@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -12,6 +14,8 @@ from open_agentrl_jax.config import Config, validate
 from open_agentrl_jax.types import UserError
 
 USER_EXIT = 2
+ROOT = Path(__file__).parents[1]  # where configs/ lies: the checkout, or site-packages
+HELP = ("-h", "-help", "--help", "--helpshort")
 
 
 def refuse(message: str) -> None:
@@ -20,23 +24,50 @@ def refuse(message: str) -> None:
     sys.exit(USER_EXIT)
 
 
+def _find_config(argument: str) -> str:
+    """`--config=FILE` as it stands, or with the FILE of ours where the current directory has none of that name."""
+    name, _, value = argument.partition("=")
+    path = value.partition(":")[0]  # what follows a colon is told to get_config()
+    if name != "--config" or not path or Path(path).is_file():
+        return argument
+    if (ROOT / path).is_file():
+        return f"--config={ROOT / value}"
+    names = ", ".join(sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py")))
+    return refuse(f"--config={value}: no such file; give a path, or configs/NAME.py of {names}")  # type: ignore[return-value]
+
+
+def _help() -> None:
+    """The command's page: what it does, and all flags of ours, wherever they were defined."""
+    for module in ("launch.command", "launch.options"):
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.usage(shorthelp=True, writeto_stdout=True)
+    sys.exit(0)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
+    if any(argument in HELP for argument in argv[1:]):
+        _help()
+    argv = [_find_config(argument) for argument in argv]
     try:
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS(argv)
     except flags.Error as error:
-        return refuse(f"{error} (--helpshort lists the flags)")  # type: ignore[return-value]
+        return refuse(f"{error} (--help lists the flags)")  # type: ignore[return-value]
     except KeyError as error:  # ml_collections: a field that is not there
-        return refuse(f"{error.args[0]}; the fields are listed in open_agentrl_jax/config.py")  # type: ignore[return-value]
+        return refuse(f"{error.args[0]}; docs/config.md lists the fields")  # type: ignore[return-value]
     except (OSError, ImportError) as error:
         text = " ".join(str(error).split())
         return refuse(f"--config: {text}; give the path of a file in configs/")  # type: ignore[return-value]
     except (TypeError, ValueError, SyntaxError) as error:
-        return refuse(f"{' '.join(str(error).split())}; see the field's type in open_agentrl_jax/config.py")  # type: ignore[return-value]
+        return refuse(f"{' '.join(str(error).split())}; see the field's type in docs/config.md")  # type: ignore[return-value]
 
 
 def config_flag() -> Callable[[], Config]:
     """Defines `--config` and returns what reads it: the Config, refused with every fault named if it cannot work."""
-    holder = config_flags.DEFINE_config_file("config", help_string="a file of configs/, e.g. configs/quickstart.py")
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        help_string="a file, e.g. configs/quickstart.py; its fields (docs/config.md) are flags: --config.rl.steps=9",
+    )
 
     def load() -> Config:
         try:
@@ -72,5 +103,6 @@ def run(main: Callable[[], int | None]) -> None:
         except UserError as error:
             refuse(str(error))
 
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it says that torch is missing; we want none
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it does not find
     app.run(entry, flags_parser=_parse)

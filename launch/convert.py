@@ -1,7 +1,7 @@
 """Between Hugging Face folders and Orbax checkpoints.
 
     python -m launch.convert --from=hf --to=orbax --input=DIR --output=DIR [--dtype=bfloat16] [--verify]
-    python -m launch.convert --from=orbax --to=hf --input=runs/quickstart/checkpoints/220 --output=DIR
+    python -m launch.convert --from=orbax --to=hf --input=runs/quickstart/checkpoints/395 --output=DIR
     python -m launch.convert --from=hf --input=DIR --inspect
     python -m launch.convert --from=hf --input=runs/quickstart/export --push-to-hub=OWNER/NAME
 
@@ -9,8 +9,7 @@ An Orbax folder is what this command writes (the tree {"params": ...}, with conf
 it) or one step of a run's checkpoints/, of which the parameters are taken. `--verify` reads the output again and
 compares its logits on random tokens with the input's; `--inspect` lists the parameters and converts nothing;
 `--push-to-hub` uploads the Hugging Face folder, made or given, with a card of its run. One copy of the parameters is in
-memory at a time: in bfloat16 where input and output are, else in float32. Measured with 1e9 parameters in bfloat16
-(1.85 GiB) on CPU: peak 3.1 GiB to Orbax, 3.4 GiB back; with --verify 4.3 GiB.
+memory at a time: in bfloat16 where input and output are, else in float32 (docs/results.md: the memory it took).
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def _model_of(folder: Path) -> tuple[ModelConfig, Path | None]:
             f"{folder}: says nothing of its model, and {run} is no run directory; copy the model's config.json into it"
         ) from None
     model_folder = hf.resolve(path)
-    return ModelConfig.from_hf(model_folder), hf.resolve(tokenizer) if tokenizer else model_folder
+    return ModelConfig.from_hf(model_folder), hf.resolve(tokenizer, weights=False) if tokenizer else model_folder
 
 
 def _check(folder: Path, found: Any, wanted: qwen.Params) -> None:

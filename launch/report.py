@@ -179,7 +179,11 @@ def main() -> int:
         if options.serve:
             if not options.serve.is_dir():
                 raise UserError(f"--serve={options.serve}: not a folder; give the one that holds the runs")
-            server = make_server(options.serve, options.host, options.port)
+            try:
+                server = make_server(options.serve, options.host, options.port)
+            except (OSError, OverflowError) as error:  # taken, or no number of a port
+                why = getattr(error, "strerror", "") or error
+                raise UserError(f"--port {options.port} at {options.host}: {why}; give another port") from error
             print(f"http://{options.host}:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
             server.serve_forever()
         elif not options.runs:

@@ -35,4 +35,9 @@ command=(sbatch --job-name=agentrl --nodes="$NODES" --ntasks-per-node=1 --gpus-p
   "${partition[@]}" "--export=ALL,VENV=$VENV" launch/slurm.sh --inside "$@")
 printf '%q ' "${command[@]}"
 printf '\n'
-[[ -n $dry ]] || exec "${command[@]}"
+[[ -z $dry ]] || exit 0
+if ! command -v sbatch >/dev/null; then
+  echo "error: sbatch is not there; run this where SLURM is, or with --dry-run" >&2
+  exit 2
+fi
+exec "${command[@]}"

@@ -53,6 +53,12 @@ def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[]
 
 def main(config: Config, *, profile: bool = False) -> int:
     """Runs, or goes on with, one experiment; with `profile`, two steps of each phase are traced."""
+    with assemble.undone_if_refused(Path(config.directory)):
+        return experiment(config, profile)
+
+
+def experiment(config: Config, profile: bool) -> int:
+    """As `main`; a mistake told late leaves what was made until then."""
     started = time.monotonic()
     initialize_distributed()
     agreement.agree({"config": to_dict(config), "code": agreement.code_version()})

@@ -181,8 +181,8 @@ def save_pretrained(
         raise
 
 
-def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of a model: `path` where it is one, else a Hub id fetched into the Hub's cache."""
+def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path:
+    """The folder of a model: `path` where it is one, else a Hub id fetched into the Hub's cache, weights if wanted."""
     folder = pathlib.Path(path)
     if folder.is_dir():
         return folder
@@ -190,7 +190,7 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
         import huggingface_hub
 
         try:
-            patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+            patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
             return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except Exception as error:  # offline, gated, unknown: the Hub's many ways to say no
             reason = str(error).split("\n")[0]

@@ -220,8 +220,8 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
         try:
             site = web.TCPSite(runner, spec.host, spec.port)
             await site.start()
-        except OSError as error:
-            raise UserError(f"--port {spec.port}: {error.strerror or error}; choose another") from error
+        except (OSError, OverflowError) as error:  # the latter: no number of a port
+            raise UserError(f"--port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             try:

@@ -69,6 +69,9 @@ def test_slurm_submits_itself():
     words = shlex.split(out)
     assert status == 0 and words[0] == "sbatch" and {"--nodes=2", "--partition=gpu", "--requeue"} <= set(words)
     assert "--signal=TERM@120" in words and words[-4:] == ["launch/slurm.sh", "--inside", *flags]
+    if shutil.which("sbatch") is None:
+        status, _, error = dry("launch/slurm.sh", *flags)
+        assert status == 2 and error.startswith("error: sbatch is not there") and error.count("\n") == 1
 
 
 def commands():

@@ -82,6 +82,21 @@ def test_curves_and_their_range_choose_the_steps_of_the_browser(tmp_path, page):
     assert not page.faults
 
 
+@pytest.mark.parametrize(
+    "ticks, expected",
+    [
+        ([0, 0.25, 0.5], ["0.00", "0.25", "0.50"]),
+        ([0, 0.001, 0.002], ["0.000", "0.001", "0.002"]),  # a clip share
+        ([-5e-7, 0, 5e-7], ["-5.0e-7", "0", "5.0e-7"]),
+        ([2000, 4000], ["2000", "4000"]),
+        ([0, 2e6], ["0", "2.0e+6"]),
+    ],
+)
+def test_marks_of_an_axis_differ(tmp_path, page, ticks, expected):
+    open_file(page, report.write_report([write_run(tmp_path, steps=2)]))
+    assert page.evaluate(f"marks({ticks})") == expected
+
+
 def test_a_trajectory_is_a_chat_with_code_and_tokens(tmp_path, page):
     write_run(tmp_path)
     add_tokenizer(tmp_path)

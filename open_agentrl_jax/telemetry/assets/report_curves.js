@@ -31,7 +31,7 @@ class Curves {
     this.low = el("input", { type: "number", "aria-label": "first step", class: "short" });
     this.high = el("input", { type: "number", "aria-label": "last step", class: "short" });
     for (const input of [this.low, this.high]) input.addEventListener("change", () => this.typed());
-    this.filter = el("input", { type: "search", placeholder: "any metric, e.g. packing", "aria-label": "metric filter" });
+    this.filter = el("input", { type: "search", placeholder: "any metric: packing", "aria-label": "metric filter" });
     this.filter.addEventListener("input", () => this.draw());
     const all = el("button", { onclick: () => this.zoom(null) }, "all steps");
     const hint = "drag over a curve for a range of steps, double-click for all";
@@ -122,9 +122,10 @@ class Curves {
       scales: { x: { time: false } },
       axes: [
         { ...axis, size: 26 },
-        { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => figure(tick, 2)) },
+        { ...axis, size: 52, values: (_, ticks) => marks(ticks) },
       ],
       series,
+      legend: { markers: { dash: (_, i) => (series[i].dash ? "dotted" : "solid") } },
       cursor: { sync: { key: sft ? "sft" : "rl" }, drag: { x: true, y: false } },
       hooks: { setScale: [(plot, key) => key === "x" && !sft && this.moved(plot)] },
     };

@@ -129,3 +129,13 @@ function figure(value, digits = 3) {
   const size = Math.abs(value);
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : value.toFixed(size >= 100 ? 1 : digits);
 }
+
+// What stands at an axis: as many digits as tell neighbours apart.
+function marks(ticks) {
+  const apart = Math.abs(ticks.length > 1 ? ticks[1] - ticks[0] : ticks[0]);
+  let digits = 0;
+  const whole = (x) => Math.abs(x - Math.round(x)) <= 1e-6 * x;
+  while (digits < 5 && !whole(apart * 10 ** digits)) digits++;
+  const large = Math.max(...ticks.map(Math.abs)) >= 1e6;
+  return ticks.map((tick) => (digits > 4 || large ? (tick ? tick.toExponential(1) : "0") : tick.toFixed(digits)));
+}

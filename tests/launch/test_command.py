@@ -1,0 +1,87 @@
+"""What every command shares: its help, the config's file, and a mistake that leaves nothing behind."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from launch import assemble, command, report
+from open_agentrl_jax.config import Config
+from open_agentrl_jax.types import UserError
+
+from .runs import ROOT, environment
+
+
+def test_help_lists_the_flags_of_ours_wherever_they_are_defined():
+    for name, flags in {"train": ["--config"], "evaluate": ["--config", "--compare", "--[no]tools"]}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{name}", "--help"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0 and not done.stderr
+        assert all(f"  {flag}:" in done.stdout for flag in flags)
+
+
+def test_a_config_of_ours_is_found_from_any_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command._find_config("--config=configs/quickstart.py") == f"--config={ROOT}/configs/quickstart.py"
+    assert command._find_config("--config.rl.steps=3") == "--config.rl.steps=3"
+    (tmp_path / "mine.py").touch()
+    assert command._find_config("--config=mine.py:small") == "--config=mine.py:small"
+    with pytest.raises(SystemExit) as ended:
+        command._find_config("--config=configs/quickstrat.py")
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and "no such file" in told and " quickstart," in told
+
+
+def test_a_refused_first_command_leaves_the_directory_unclaimed(tmp_path):
+    config = Config(name="x", run_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sft.parquet").touch()  # the user's
+    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "run"):
+        (assemble.claim_directory(config) / "init").mkdir()
+        raise UserError("a mistake")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["sft.parquet"]
+    config.seed = 1
+    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "run"):
+        (assemble.claim_directory(config) / "metrics.jsonl").touch()  # it has begun
+        raise UserError("a mistake")
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_given_as_a_model_is_told_of_its_export(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").touch()
+    config = Config(name="x")
+    config.model.path = str(tmp_path)
+    with pytest.raises(UserError, match=r"a run, not a model; give its .*/export"):
+        assemble.load_policy(config, tmp_path)
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append(allow_patterns)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="the Hub gave none"):
+        assemble.load_tokenizer("Qwen/Qwen3-4B")
+    assert asked == [["*.json", "*.txt", "*.jinja"]]
+
+
+def test_a_taken_port_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 99999):
+            monkeypatch.setattr(sys, "argv", ["report", "--serve", str(tmp_path), "--port", str(port)])
+            assert report.main() == 2
+            told = capsys.readouterr().err
+            assert told.startswith(f"error: --port {port}") and told.count("\n") == 1
