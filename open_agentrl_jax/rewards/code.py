@@ -28,8 +28,8 @@ MAX_CODE = 200_000  # characters of a program
 TOLERANCE = 1e-6  # absolute and relative, where a number with a decimal point is compared
 # a program may hold ``` in a string, so first only a fence that begins a line closes a block, then any
 _FENCES = (
-    re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE),
-    re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL),
+    re.compile(r"```[ \t]*+(\w*+)[^\n`]*+\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE),
+    re.compile(r"```[ \t]*+(\w*+)[^\n`]*+\n(.*?)(?:```|\Z)", re.DOTALL),
 )
 _COMMON = (  # what LeetCode gives every solution
     "import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\n"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 
 import pytest
 
@@ -213,6 +214,15 @@ async def test_tests_that_cannot_be_read_are_a_failure(tests):
 )
 def test_where_the_program_is_found(text, program):
     assert extract(text) == program
+
+
+@pytest.mark.parametrize(
+    "text", ["```python" + "a" * 100_000, "```" + " " * 100_000, "```" * 30_000, "```python " * 10_000]
+)
+def test_fences_without_end_take_no_time(text):
+    started = time.monotonic()
+    assert extract(text) is None
+    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
