@@ -18,6 +18,10 @@ _SPOKEN = str.maketrans(
         "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     }
 )  # fmt: skip
+_MULTIPLES = {
+    "hundred": "*10^2", "thousand": "*10^3", "million": "*10^6", "billion": "*10^9", "trillion": "*10^12",
+    "dozen": "*12",
+}  # fmt: skip
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
@@ -43,8 +47,18 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi"),
         (r"\s*([\^_])\s*(?:\{(\w)\})?", r"\1\2"),
         (r"\+\s*\\infty", r"\\infty"),
+        (r"(?<=\d)\s+(?=\d+/\d)(\d+)/(\d+)", r"\\frac{\1}{\2}"),  # 5 1/2 is five and a half
+        (r"(?<![_^\d.])(\d[\d.]*)\s+(?=\d)(?!\d{3}(?!\d))", r"\1, "),  # 5 6 are two numbers, 1 234 is one
+        *((rf"(?<=\d)\s+{word}s?\b", new) for word, new in _MULTIPLES.items()),
     )
 )
+# A prediction that is still to be worked out: what the problem asks for, not what it is.
+_TO_DO = re.compile(
+    r"\\(?:sum|prod|i{0,2}int|oint|lim|gcd|lcm|max|min|[bp]?mod)(?![a-zA-Z])|\\frac\{d\}\{d|[∑∏∫]"
+    r"|\b(?:plus|minus|times|over|choose|more than|less than) +\S"
+    r"|\d +(?:squared|cubed|factorial|halves|thirds|fourths)\b"
+)
+_SUM = re.compile(r"(?=.+[-+])[-+]?[\d.,() ]+(?:[-+*/]+[\d.,() ]+)+")  # not a product: a factorisation is an answer
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -124,14 +138,16 @@ def compare(prediction: str, truth: str) -> bool | None:
         return False
     if _squash(p) == _squash(t):
         return True
+    if _unfinished(p, t):
+        return False
     if "=" not in t:
         p = _NAME.sub("", p)
     elif "=" not in p:
         t = _NAME.sub("", t)
     else:
         p, t = _same_name(p, t)
-    sides = [value(side.strip()) for side in p.split("=")]
-    if len(sides) > 1 and all(sides) and not all(_equal(sides[0], side) for side in sides):
+    read = [value(side.strip()) for side in p.split("=")]
+    if len(read) > 1 and all(read) and not all(_equal(read[0], side) for side in read):
         return False  # "5 = 6" is no way to say 6
     (p, p_unit), (t, t_unit) = split_unit(p), split_unit(t)
     if _squash(p) == _squash(t) and p:
@@ -142,6 +158,27 @@ def compare(prediction: str, truth: str) -> bool | None:
     if p_unit and t_unit and p_unit != t_unit:
         return None if isinstance(got.number, Fraction) else False
     return _equal(got, want) or _equal(value(p, thousands=False), value(t, thousands=False))
+
+
+def _unfinished(p: str, t: str) -> bool:
+    """Whether a prediction only says what is to be calculated ("17+23", a limit), and the truth does not."""
+    p = sides(p)[-1].strip()
+    if _TO_DO.search(p):
+        return not _TO_DO.search(t)
+    want = value(t)
+    whole = want is not None and isinstance(want.number, Fraction) and want.number.denominator == 1
+    return whole and bool(_SUM.fullmatch(p)) and value(p) is None
+
+
+def sides(text: str) -> list[str]:
+    """What stands between the equals signs that are outside all braces."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c == "{") - (c == "}")
+        if c == "=" and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
 
 
 def _squash(text: str) -> str:

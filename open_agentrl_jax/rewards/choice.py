@@ -15,7 +15,13 @@ _LETTER = re.compile(
     r"(?:option|choice|answer)?[\s:]*[(\[]?([A-Za-z])(?:$|[)\].:,](?:\s.*)?$|\s*[-=].*$)", re.IGNORECASE | re.DOTALL
 )
 _STATED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|must\s+be))?[\s:*]*(?:option\s+|choice\s+)?[\s*$]*(?:\\text\{)?[(\[]?(?!I\s+[a-z])([A-Z])\b(?!['’])",
+    r"\b(?i:answer|option|choice)\b(?:\s+(?:is|would\s+be|must\s+be))?[\s:*]*(?i:option\s+|choice\s+)?[\s*$]*(?:\\text\{)?[(\[]?(?!I\s+[a-z])([A-Z])\b(?!['’])",
+)
+# what follows a letter where several are given: a list of guesses is no answer
+_MORE = r"(?:[\s()\[\].,:;/&|*=-]|\b(?:and|or)\b)"
+_GUESSES = re.compile(rf"{_MORE}+(?:[A-Ja-j]\b{_MORE}*)+")
+_OR_ANOTHER = re.compile(
+    r"[)\]*]*\s*(?:,|/|&|\bor\b|\band\b)[\s(\[*]*(?:or\b[\s(\[*]*)?[A-J]\b(?=\s*(?:$|[.,;!)*/&]|or\b|and\b))"
 )
 _WRAPPERS = re.compile(r"\\(?:textbf|text|mathrm|mathbf|boxed)\s*|[{}$*\\`]")
 
@@ -51,11 +57,16 @@ def extract(text: str) -> str:
     boxed = last_box(body)
     if boxed is not None:
         return letter(boxed)
-    stated = _STATED.findall(body[-4000:])
-    return stated[-1] if stated else letter(body) if len(body) < 100 else ""
+    tail, stated = body[-4000:], None
+    for stated in _STATED.finditer(tail):  # noqa: B007 (the last one is wanted)
+        pass
+    if stated:
+        return "" if _OR_ANOTHER.match(tail, stated.end()) else stated[1]
+    return letter(body) if len(body) < 100 else ""
 
 
 def letter(answer: str) -> str:
     """The letter of a short answer such as "(b)", "B." or "\\\\text{B) 5 cm}", as a capital; "" where there is none."""
-    found = _LETTER.match(_WRAPPERS.sub("", answer[:500]).strip())
-    return found[1].upper() if found else ""
+    text = _WRAPPERS.sub("", answer[:500]).strip()
+    found = _LETTER.match(text)
+    return found[1].upper() if found and not _GUESSES.fullmatch(text, found.end(1)) else ""

@@ -28,8 +28,8 @@ MAX_CODE = 200_000  # characters of a program
 TOLERANCE = 1e-6  # absolute and relative, where a number with a decimal point is compared
 # a program may hold ``` in a string, so first only a fence that begins a line closes a block, then any
 _FENCES = (
-    re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE),
-    re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL),
+    re.compile(r"```[ \t]*+(\w*+)[^\n`]*+\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE),
+    re.compile(r"```[ \t]*+(\w*+)[^\n`]*+\n(.*?)(?:```|\Z)", re.DOTALL),
 )
 _COMMON = (  # what LeetCode gives every solution
     "import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\n"
@@ -56,16 +56,38 @@ _ASSERT = """
 exec(compile({line!r}, "test", "exec"), space)
 sys.stdout.write("\\n" + {mark!r} + "true\\n")
 """
+# of `assert f(1) == 2` only `f(1)` goes to the sandbox, and its value comes out to be compared: a program that knows
+# what is expected, or whose objects call themselves equal to everything, could pass by that
+_VALUES = """
+def spell(x):
+    if x is None or isinstance(x, (bool, str)):
+        return x if x is None or isinstance(x, bool) else str.__str__(x)
+    for kind in (int, float, complex, bytes):
+        if isinstance(x, kind):
+            return [kind.__name__, kind.__repr__(x)]
+    for kind in (tuple, list):
+        if isinstance(x, kind):
+            return [kind.__name__, list(map(spell, x))]
+    if isinstance(x, (set, frozenset)):
+        return ["set", list(map(spell, x))]
+    if isinstance(x, dict):
+        return ["dict", [[spell(k), spell(v)] for k, v in x.items()]]
+    return spell(x.item()) if hasattr(x, "item") and hasattr(x, "dtype") else ["other", type(x).__name__]
+answer = json.dumps([spell(eval(compile(line, "test", "eval"), space)) for line in {lines!r}])
+sys.stdout.write("\\n" + {mark!r} + answer + "\\n")
+"""
+_MADE = {"set": set, "frozenset": frozenset, "float": float, "tuple": tuple, "list": list, "dict": dict}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program to run, and how its output is judged: as text, or as JSON after `mark`."""
+    """One program to run, and how its output is judged: as text, or after `mark` as JSON or as values spelled out."""
 
     program: str
     stdin: str
     expected: Any
     mark: str = ""
+    spelled: bool = False
 
 
 async def grade(
@@ -158,8 +180,14 @@ def build(code: str, tests: dict[str, Any] | str) -> list[Case]:
             if not line.lstrip().startswith("assert"):
                 prefix += line + "\n"  # a line of preparation, for all that follow
                 continue
-            program = _HARNESS.format(common=_COMMON + prefix, code=code, tail=_ASSERT.format(line=line, mark=mark))
-            cases.append(Case(program, "", True, mark))
+            equations = _equations(line)
+            if equations:
+                tail = _VALUES.format(lines=[left for left, _ in equations], mark=mark)
+            else:
+                tail = _ASSERT.format(line=line, mark=mark)
+            program = _HARNESS.format(common=_COMMON + prefix, code=code, tail=tail)
+            expected = [right for _, right in equations] if equations else True
+            cases.append(Case(program, "", expected, mark, bool(equations)))
         return cases
     inputs, outputs = _list(spec["inputs"]), _list(spec["outputs"])
     if len(inputs) != len(outputs):
@@ -173,6 +201,55 @@ def build(code: str, tests: dict[str, Any] | str) -> list[Case]:
         program = _HARNESS.format(common=_COMMON, code=code, tail=tail)
         cases.append(Case(program, "", _literal(expected) if isinstance(expected, str) else expected, mark))
     return cases
+
+
+def _equations(line: str) -> list[tuple[str, Any]]:
+    """An assert line as (expression, the value it must have) pairs; empty where it says something else."""
+    try:
+        waiting: list[ast.AST] = [n.test if isinstance(n, ast.Assert) else n for n in ast.parse(line.strip()).body]
+        pairs = []
+        while waiting:
+            test = waiting.pop(0)
+            if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+                waiting = [*test.values, *waiting]
+                continue
+            if not isinstance(test, ast.Compare) or len(test.ops) != 1:
+                return []
+            left, right = test.left, test.comparators[0]
+            if isinstance(test.ops[0], ast.Is) and isinstance(right, ast.Constant):
+                pairs.append((ast.unparse(test), True))
+            elif isinstance(test.ops[0], ast.Eq):
+                if _is_literal(left):
+                    left, right = right, left
+                pairs.append((ast.unparse(left), _constant(right)))
+            else:
+                return []
+        return pairs
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return []
+
+
+def _is_literal(node: ast.expr) -> bool:
+    return not any(isinstance(inner, ast.Name | ast.Call) for inner in ast.walk(node))
+
+
+def _constant(node: ast.expr) -> Any:
+    """The value of a literal, or of a type called with one. Raises ValueError or TypeError for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _MADE and not node.keywords:
+        return _MADE[node.func.id](*map(ast.literal_eval, node.args))
+    return ast.literal_eval(node)
+
+
+def _spelled(x: Any) -> Any:
+    """The value that `spell` of _VALUES wrote. Raises ValueError, TypeError or KeyError where it is none."""
+    if not isinstance(x, list):
+        return x
+    kind, items = x
+    if kind == "dict":
+        return {_spelled(k): _spelled(v) for k, v in items}
+    if kind in ("list", "tuple", "set"):
+        return {"list": list, "tuple": tuple, "set": frozenset}[kind](map(_spelled, items))
+    return {"int": int, "float": float, "complex": complex, "bytes": ast.literal_eval}[kind](items)
 
 
 def _list(value: Any) -> list[Any]:
@@ -243,17 +320,20 @@ def judge(case: Case, result: Result) -> tuple[bool, bool]:
         return False, False
     try:
         got = json.loads(found[2])
-    except ValueError:
+        if case.spelled:
+            right = [_spelled(x) for x in got] == case.expected
+        else:
+            wrapped = isinstance(case.expected, list) and len(case.expected) == 1 and same_value(got, case.expected[0])
+            right = same_value(got, case.expected) or wrapped
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError):
         return False, False
-    wrapped = isinstance(case.expected, list) and len(case.expected) == 1 and same_value(got, case.expected[0])
-    right = same_value(got, case.expected) or wrapped
     return right, right
 
 
 def same_value(got: Any, expected: Any) -> bool:
     """Equality of JSON values, floats within the tolerance."""
     if isinstance(got, float | int) and isinstance(expected, float | int):
-        return got == expected or (float in (type(got), type(expected)) and _close(float(got), float(expected)))
+        return got == expected or (float in (type(got), type(expected)) and _close(_float(got), _float(expected)))
     if isinstance(got, list) and isinstance(expected, list | tuple):
         return len(got) == len(expected) and all(map(same_value, got, expected))
     if isinstance(got, dict) and isinstance(expected, dict):
@@ -287,3 +367,10 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def _float(x: float) -> float:
+    try:
+        return float(x)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if x > 0 else -math.inf

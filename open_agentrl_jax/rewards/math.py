@@ -13,12 +13,12 @@ import logging
 import re
 
 from open_agentrl_jax.rewards import pool
-from open_agentrl_jax.rewards.answers import clean, compare, split_unit, value
+from open_agentrl_jax.rewards.answers import clean, compare, sides, split_unit, value
 from open_agentrl_jax.types import Score
 
 log = logging.getLogger(__name__)
 MAX_ANSWER = 2000  # characters: a longer box is no final answer, and is wrong unless it is the truth's very text
-MAX_DEPTH = 40  # nested braces: a deeper answer would end the parser's stack, and no answer is that deep
+MAX_DEPTH = 40  # nested brackets: a deeper answer would end the parser's stack, and no answer is that deep
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(
     r"(?:^|\n)\s*#{4}(?=\s*(?P<mark>[^\n]+))"
@@ -27,6 +27,9 @@ _STATED = re.compile(
 )
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _AFTERTHOUGHT = re.compile(r"\.(?:\s|$)|,?\s(?:because|since|which|where|when|so)\b", re.IGNORECASE)
+_NUMERIC = re.compile(
+    r"(?:[\d\s.+*/^()!{}-]|\\(?:sqrt|frac|pi)(?![a-zA-Z]))*\d(?:[\d\s.+*/^()!{}-]|\\pi)*"
+)  # a side without unknowns
 _TAIL = 4000  # characters of the end of a message in which an answer without a box is looked for
 
 
@@ -173,10 +176,14 @@ def _equivalent(prediction: str, truth: str) -> bool:
     verdict = compare(prediction, truth)
     if verdict is not None:
         return verdict
+    *before, last = sides(clean(prediction))
+    known = [side for side in before if _NUMERIC.fullmatch(side)] if "=" not in truth else []
     pair = (prediction, truth)
     if _failures[pair] >= 2:  # once may be a busy machine; an answer that fails twice is not waited for again
         raise pool.WorkerFailed("failed twice before")
     try:
+        if not all(pool.shared().ask(side, last) for side in known):
+            return False  # "\\sqrt{2} = 5" is no way to say 5
         return pool.shared().ask(clean(prediction), clean(truth))
     except pool.WorkerFailed:
         _failures[pair] += 1
@@ -189,7 +196,7 @@ _failures: collections.Counter[tuple[str, str]] = collections.Counter()
 def _depth(text: str) -> int:
     depth = most = 0
     for c in text:
-        depth += (c == "{") - (c == "}")
+        depth += (c in "([{") - (c in ")]}")
         most = max(most, depth)
     return most
 
@@ -197,5 +204,5 @@ def _depth(text: str) -> int:
 def canonical(prediction: str) -> str:
     """One spelling for answers that differ only in spelling: the key under which votes are counted."""
     text = split_unit(clean(prediction[:MAX_ANSWER]))[0]
-    read = value(text)
+    read = value(text) if _depth(text) <= MAX_DEPTH else None
     return "".join(text.split()) if read is None else repr(read)

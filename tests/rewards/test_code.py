@@ -1,8 +1,10 @@
+# ruff: noqa: E501
 """The code grader on canonical solutions and their mutants, and on the reference's fault 10."""
 
 import asyncio
 import json
 import logging
+import time
 
 import pytest
 
@@ -188,6 +190,73 @@ async def test_printing_and_exiting_do_not_pass_for_an_answer():
         assert (await grade(fenced(quitter), {"assert_case": ["assert f(1) == 2"]}, sandbox=sandbox)).accuracy == 0
 
 
+CHEATS = {
+    "equal to everything": "class A(int):\n    def __eq__(self, o): return True\n    __hash__ = None\ndef f(x): return A()",
+    "a list equal to everything": "class A(list):\n    def __eq__(self, o): return True\ndef f(x): return A()",
+    "ends early": "import sys\nsys.exit(0)",
+    "ends at the call": "import os\ndef f(x): os._exit(0)",
+    "reads the test": (
+        "import ast, linecache, re, sys\ndef f(x):\n    text = ''.join(linecache.getlines('main.py'))\n"
+        "    return ast.literal_eval(re.search(r'f.2. == (.*?)[\\'\"]', text)[1])"
+    ),
+    "writes the mark": (
+        "import os, sys\nframe = sys._getframe()\nwhile frame.f_back: frame = frame.f_back\n"
+        "for c in frame.f_code.co_consts:\n    if isinstance(c, str) and c.startswith('<'):\n"
+        "        for said in ('true', '[true]', '[[\"int\", \"0\"]]'): os.write(1, f'\\n{c}{said}\\n'.encode())\nos._exit(0)"
+    ),
+    "swallows errors": "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\ndef f(x): return 0",
+    "spoils the harness": "import builtins, json\njson.dumps = lambda *a, **k: 'true'\nbuiltins.eval = lambda *a: 0\ndef f(x): return 0",
+    "spoils the harness again": "import builtins\nbuiltins.isinstance = lambda *a: True\ndef f(x): return 0",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+async def test_cheats_pass_no_test(cheat):
+    tests = [
+        {"assert_case": ["assert f(2) == [4, 5]"]},
+        {"assert_case": ["assert f(2) == 4 and f(3) == 9, 'squares'"]},
+        {"assert_case": ["assert f(2) == float('inf')"]},
+        {"inputs": [[2]], "outputs": [4], "fn_name": "f"},
+        {"inputs": ["2"], "outputs": ["4"]},
+    ]
+    async with open_sandbox() as sandbox:
+        scores = await asyncio.gather(*(grade(fenced(CHEATS[cheat]), t, sandbox=sandbox) for t in tests))
+    assert [score.accuracy for score in scores] == [0.0] * len(tests)
+
+
+@pytest.mark.parametrize(
+    ("value", "line", "right"),
+    [
+        (
+            "(1, [2, {3: None}], 'a', b'b', True, 1.5, 2j)",
+            "assert f() == (1, [2, {3: None}], 'a', b'b', True, 1.5, 2j)",
+            1,
+        ),
+        ("[1]", "assert f() == (1,)", 0),
+        ("{1, 2}", "assert f() == {2, 1}", 1),
+        ("frozenset()", "assert f() == set()", 1),
+        ("__import__('collections').Counter('aab')", "assert f() == {'a': 2, 'b': 1}", 1),
+        ("__import__('numpy').int64(3)", "assert f() == 3", 1),
+        ("float('nan')", "assert f() == float('nan')", 0),
+        ("1", "assert f() == 1.0; assert True == f()", 1),
+        ("1", "assert f() is True", 0),
+        ("2", "assert 1 == f()", 0),
+        ("1", "assert f() == 1; assert f() == 2", 0),
+        ("None", "assert f() is None", 1),
+        ("10**50", "assert f() == 1" + "0" * 50, 1),
+        ("'\\n<x>'", "assert f() == '\\n<x>'", 1),
+        ("0.5", "assert abs(f() - 0.5) < 1e-9", 1),
+        ("0.6", "assert abs(f() - 0.5) < 1e-9", 0),
+        ("[2, 1]", "assert sorted(f()) == [1, 2]", 1),
+        ("object()", "assert f() == 1", 0),
+    ],
+)
+async def test_values_of_asserts(value, line, right):
+    async with open_sandbox() as sandbox:
+        score = await grade(fenced(f"def f():\n    return {value}"), {"assert_case": [line]}, sandbox=sandbox)
+    assert (score.accuracy, score.status) == (right, "graded")
+
+
 @pytest.mark.parametrize(
     "tests", ["nonsense", "[]", {}, {"inputs": ["1"]}, {"inputs": ["1"], "outputs": []}, {"assert_case": []}, "3"]
 )
@@ -213,6 +282,15 @@ async def test_tests_that_cannot_be_read_are_a_failure(tests):
 )
 def test_where_the_program_is_found(text, program):
     assert extract(text) == program
+
+
+@pytest.mark.parametrize(
+    "text", ["```python" + "a" * 100_000, "```" + " " * 100_000, "```" * 30_000, "```python " * 10_000]
+)
+def test_fences_without_end_take_no_time(text):
+    started = time.monotonic()
+    assert extract(text) is None
+    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -243,6 +321,7 @@ def test_values():
     assert same_value({"1": [True]}, {1: [True]})
     assert not same_value([1, 2], [1, 2, 3]) and not same_value("1", 1) and not same_value(None, False)
     assert not same_value(10**20 + 1, 10**20)
+    assert not same_value(10**400, 1.5) and not same_value(-(10**400), 1.5)
 
 
 async def test_disagreements_of_the_modes_are_logged_with_the_text(caplog):

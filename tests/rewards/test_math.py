@@ -229,6 +229,13 @@ def test_an_answer_that_failed_twice_is_not_waited_for_again(short_deadline):
     assert time.monotonic() - started < 0.2
 
 
+@pytest.mark.parametrize("box", ["(" * 990 + "5" + ")" * 990, "(1," * 600 + "1" + ")" * 600, "[" * 1990])
+def test_brackets_without_end_are_no_answer(box):
+    score = grade(f"\\boxed{{{box}}}", "5")
+    assert (score.accuracy, score.status) == (0.0, "graded")
+    assert canonical(box)
+
+
 def test_disagreements_of_the_modes_are_logged_with_the_text(caplog):
     caplog.set_level(logging.INFO, logger="open_agentrl_jax.rewards.math")
     grade(r"we get \boxed{05}", "5")
