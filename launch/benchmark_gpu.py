@@ -277,7 +277,7 @@ def in_process(module: str, arguments: list[str], work: Work) -> list[dict[str, 
         faults = [
             line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)
         ] or said  # JAX says more after it
-        return [{"side": " ".join(arguments), "failed": faults[-1][:300]}]
+        return [{"side": f"{module.rpartition('_')[2]} {arguments[-1]}", "failed": faults[-1][:300]}]
     return json.loads(done.stdout.splitlines()[-1])
 
 

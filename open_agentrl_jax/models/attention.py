@@ -28,6 +28,9 @@ _NEVER = -1e30  # a score no softmax sees; finite, so that a row without any vis
 _BLOCK_Q, _BLOCK_KV = 256, 256
 
 
+# Compute capabilities of A100, H100 and H200, B200, B300. Others have 64 to 99 KiB.
+_ROOMY = ("8.0", "9.0", "10.0", "10.3")
+
 Backend = Callable[[jax.Array, jax.Array, jax.Array, Where, Where], jax.Array]
 
 
@@ -99,8 +102,7 @@ def pick(t: int, head_dim: int, dtype: jnp.dtype) -> str:
     """The backend for rows of which a device holds t tokens."""
     if platform() == "tpu" and block_size(t):
         return "splash"
-    # What fits a multiprocessor's registers and shared memory.
-    if platform() == "gpu" and head_dim <= 128 and dtype.itemsize == 2:
+    if platform() == "gpu" and head_dim <= 128 and dtype.itemsize == 2 and roomy():
         return "triton"
     return "blockwise"
 
@@ -110,6 +112,13 @@ def platform() -> str:
     mesh = current_mesh()
     device = None if mesh is None else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def roomy() -> bool:
+    """Whether the GPU has the shared memory that the tiles of the Triton kernels take, 130 KiB of a multiprocessor."""
+    if jax.default_backend() != "gpu":
+        return True  # one that is not here: launch/gpu_topology.py has none but such
+    return jax.devices()[0].compute_capability in _ROOMY
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:

@@ -1,6 +1,7 @@
 """The backends for NVIDIA GPUs, as far as a machine without one can tell: kernels interpreted, arguments emulated."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -168,5 +169,9 @@ def test_the_backend_of_a_gpu_follows_the_width(monkeypatch):
     assert module.pick(100, 64, jnp.dtype("bfloat16")) == "triton"
     assert module.pick(23040, 256, jnp.dtype("bfloat16")) == "blockwise"
     assert module.pick(23040, 128, jnp.dtype("float32")) == "blockwise"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, wanted in (("8.9", "blockwise"), ("9.0", "triton")):  # an L4 has a smaller shared memory
+        monkeypatch.setattr(jax, "devices", lambda c=capability: [types.SimpleNamespace(compute_capability=c)])
+        assert module.pick(23040, 128, jnp.dtype("bfloat16")) == wanted
     with pytest.raises(UserError, match="attention=cudnn: computes in bfloat16"):
         module.attention(x, x, x, ones, ones, backend="cudnn")
