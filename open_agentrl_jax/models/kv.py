@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from open_agentrl_jax.models.attention import platform
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
@@ -126,6 +127,13 @@ def write(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax
 
     def local(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
         to = _owned(slots, cache.k.shape[2])[:, None]
+        if at.shape[1] == 1 and platform() != "cpu":
+            # Whole blocks, one new position in each. A TPU compiler (v5e, seen in the compiled program) lays the cache
+            # out anew before and after single positions are scattered into it: it copies all of it at every step.
+            at, to, here = at[:, 0], to[:, 0], within == jnp.arange(cache.v.shape[-2])  # [p n]
+            k = jnp.where(here[:, None, None], new.k[:, :, 0, ..., None], cache.k[:, at, to])
+            v = jnp.where(here[:, None, :, None], new.v[:, :, 0, :, None], cache.v[:, at, to])
+            return Cache(*(of.at[:, at, to].set(x, mode="drop") for of, x in zip(cache, (k, v), strict=True)))
         values = [jnp.moveaxis(x, (1, 2), (0, 1)) for x in new]  # [p c l k D]
         k = cache.k.at[:, at, to, :, :, within].set(values[0], mode="drop")
         return Cache(k, cache.v.at[:, at, to, :, within].set(values[1], mode="drop"))

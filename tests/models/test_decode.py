@@ -90,6 +90,22 @@ def test_sampled_logprobs_are_those_of_the_training_forward(config):
         np.testing.assert_allclose(out.logprobs[:, i], expected, atol=2e-5)  # asked for: 1e-4
 
 
+def test_writing_as_on_an_accelerator_gives_the_same_cache(monkeypatch):
+    random = np.random.default_rng(1)
+    empty = kv.init_cache(QWEN3, SLOTS, LENGTH)
+    cache = kv.Cache(*(jnp.asarray(random.standard_normal(x.shape, np.float32)) for x in empty))
+    new = kv.Cache(*(jnp.asarray(random.standard_normal((2, 4, 1, 2, 16), np.float32)) for _ in "kv"))
+    slots, within = np.array([4, 0, 9, 2]), np.array([[31], [0], [5], [7]])  # the third has no such slot
+    at = np.array([[1], [0], [0], [99]])  # the fourth no such block
+    written = []
+    for kind in ("cpu", "tpu"):
+        monkeypatch.setattr(kv, "platform", lambda kind=kind: kind)
+        written.append(kv.write(cache, new, slots, at, within))
+    for one, other, was in zip(*written, cache, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert (np.asarray(one) != np.asarray(was)).sum() == 2 * 2 * 2 * 16  # rows, layers, heads, D
+
+
 def test_greedy_takes_the_argmax():
     random = np.random.default_rng(1)
     prompt = random.integers(0, 97, 20)
