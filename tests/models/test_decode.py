@@ -90,20 +90,19 @@ def test_sampled_logprobs_are_those_of_the_training_forward(config):
         np.testing.assert_allclose(out.logprobs[:, i], expected, atol=2e-5)  # asked for: 1e-4
 
 
-def test_writing_as_on_an_accelerator_gives_the_same_cache(monkeypatch):
-    random = np.random.default_rng(1)
-    empty = kv.init_cache(QWEN3, SLOTS, LENGTH)
-    cache = kv.Cache(*(jnp.asarray(random.standard_normal(x.shape, np.float32)) for x in empty))
-    new = kv.Cache(*(jnp.asarray(random.standard_normal((2, 4, 1, 2, 16), np.float32)) for _ in "kv"))
-    slots, within = np.array([4, 0, 9, 2]), np.array([[31], [0], [5], [7]])  # the third has no such slot
-    at = np.array([[1], [0], [0], [99]])  # the fourth no such block
-    written = []
-    for kind in ("cpu", "tpu"):
+def test_the_cache_of_an_accelerator_holds_and_gives_the_same(monkeypatch):
+    prompts = [np.random.default_rng(1).integers(0, 97, n) for n in (40, 31, 2)]
+    told = []
+    for kind, inner in (("cpu", (32, 16)), ("tpu", (16, 32))):
         monkeypatch.setattr(kv, "platform", lambda kind=kind: kind)
-        written.append(kv.write(cache, new, slots, at, within))
-    for one, other, was in zip(*written, cache, strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert (np.asarray(one) != np.asarray(was)).sum() == 2 * 2 * 2 * 16  # rows, layers, heads, D
+        cache = filled(QWEN3, prompts)
+        assert cache.v.shape[-2:] == inner
+        rows = rows_of([p[-1] for p in prompts], [*(len(p) - 1 for p in prompts), 0, 0, 0], slot=[0, 1, 2, 6, 6, 6])
+        cache, out = decode.decode(params_of(QWEN3), QWEN3, cache, rows, 8)
+        told.append((cache.k, cache.v if kind == "cpu" else cache.v.swapaxes(-1, -2), out.logprobs[:, :3]))
+    assert np.count_nonzero(told[0][1]) == 2 * 2 * 16 * (40 + 31 + 2 - 3 + 3 * 8)  # layers, heads, D, positions
+    for one, other in zip(*told, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_greedy_takes_the_argmax():
