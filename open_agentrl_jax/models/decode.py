@@ -19,7 +19,7 @@ import numpy as np
 
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.int8 import SCALE
-from open_agentrl_jax.models.kv import Cache, by_owner, each_row, write
+from open_agentrl_jax.models.kv import Cache, by_owner, each_row, turned, write
 from open_agentrl_jax.models.linear import GENERATION, at_rest
 from open_agentrl_jax.models.qwen import Params, run_layers
 from open_agentrl_jax.parallel.mesh import current_mesh
@@ -88,6 +88,8 @@ def extend(
     alive = (slots < cache.k.shape[2]) & (counts > 0)
     blocks = (jnp.max(jnp.where(alive, starts, 0)) + block - 1) // block
 
+    of_values = "pkcgb,pkDb->pkcgD" if turned() else "pkcgb,pkbD->pkcgD"
+
     def mix(q, k, v, cache: Cache, slots, starts, layer, blocks) -> jax.Array:
         p, _, heads, size = k.shape
         own = jnp.broadcast_to(jnp.arange(c)[:, None] >= jnp.arange(c), (p, c, c))
@@ -101,7 +103,7 @@ def extend(
             top = scores.max(-1) if state is None else jnp.maximum(state[0], scores.max(-1))
             weights = jnp.exp(scores - top[..., None])  # exactly 0 off the mask: a query sees at least itself
             total = weights.sum(-1)
-            mixed = jnp.einsum("pkcgb,pkbD->pkcgD", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            mixed = jnp.einsum(of_values, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             if state is not None:
                 kept = jnp.exp(state[0] - top)
                 total, mixed = state[1] * kept + total, state[2] * kept[..., None] + mixed
@@ -115,7 +117,8 @@ def extend(
             visible = i * block + jnp.arange(block) < starts[:, None, None]
             return see(state, read(cache.k, i), read(cache.v, i), jnp.broadcast_to(visible, (p, c, block)))
 
-        _, total, mixed = jax.lax.fori_loop(0, blocks, body, see(None, k.swapaxes(2, 3), v, own))
+        first = see(None, k.swapaxes(2, 3), v.swapaxes(2, 3) if turned() else v, own)
+        _, total, mixed = jax.lax.fori_loop(0, blocks, body, first)
         mixed = (mixed / total[..., None]).astype(q.dtype)
         return mixed.swapaxes(1, 2).reshape(p, c, -1, size)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from open_agentrl_jax.models.attention import platform
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
@@ -24,7 +25,7 @@ class Cache(NamedTuple):
     """Keys (turned by their position) and values in blocks of n positions, as the products of attention read them."""
 
     k: Any  # [l blocks s k D n]
-    v: Any  # [l blocks s k n D]
+    v: Any  # [l blocks s k n D] on a CPU, elsewhere as the keys: see `turned`
 
 
 ROWS = P(SLOTS)  # one row a slot, where the slot is
@@ -32,6 +33,14 @@ _SLOTS = P(None, None, SLOTS, "tensor", None, None)
 _WHERE = Cache(_SLOTS, _SLOTS)
 _ONE = Cache(*[P(None, None, "tensor", None, None)] * 2)  # a slot, in all devices
 _NEW = Cache(*[P(None, None, None, "tensor", None)] * 2)  # [l p c k D]
+
+
+def turned() -> bool:
+    """Whether values, too, have their positions innermost.
+
+    Where they have not, a TPU compiler (v5e, seen in the compiled program) lays all of them out anew at every step.
+    """
+    return platform() != "cpu"
 
 
 def groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
@@ -56,10 +65,8 @@ def init_cache(model_config: ModelConfig, slots: int, length: int, device: Any =
     c, block = model_config, block_size(length)
     shape = (c.num_layers, -(-length // block), slots, c.num_kv_heads)
     where = jax.NamedSharding(device, _SLOTS) if isinstance(device, jax.sharding.Mesh) else device
-    return Cache(
-        jnp.zeros((*shape, c.head_dim, block), c.compute_dtype, device=where),
-        jnp.zeros((*shape, block, c.head_dim), c.compute_dtype, device=where),
-    )
+    keys, values = (c.head_dim, block), (c.head_dim, block) if turned() else (block, c.head_dim)
+    return Cache(*(jnp.zeros((*shape, *inner), c.compute_dtype, device=where) for inner in (keys, values)))
 
 
 def _owned(slots: jax.Array, count: int) -> jax.Array:
@@ -126,9 +133,17 @@ def write(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax
 
     def local(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
         to = _owned(slots, cache.k.shape[2])[:, None]
+        if at.shape[1] == 1 and turned():
+            # Whole blocks, one new position in each: were single positions scattered into it, the same compiler would
+            # copy the whole cache, before and after.
+            at, to, here = at[:, 0], to[:, 0], within == jnp.arange(cache.k.shape[-1])  # [p n]
+            old = (of[:, at, to] for of in cache)
+            some = (jnp.where(here[:, None, None], x[:, :, 0, ..., None], y) for x, y in zip(new, old, strict=True))
+            return Cache(*(of.at[:, at, to].set(x, mode="drop") for of, x in zip(cache, some, strict=True)))
         values = [jnp.moveaxis(x, (1, 2), (0, 1)) for x in new]  # [p c l k D]
-        k = cache.k.at[:, at, to, :, :, within].set(values[0], mode="drop")
-        return Cache(k, cache.v.at[:, at, to, :, within].set(values[1], mode="drop"))
+        k = cache.k.at[:, at, to, :, :, within]
+        v = cache.v.at[:, at, to, :, :, within] if turned() else cache.v.at[:, at, to, :, within]
+        return Cache(*(of.set(x, mode="drop") for of, x in zip((k, v), values, strict=True)))
 
     return _on_mesh(local, (_WHERE, _NEW, P(None), P(None, None), P(None, None)), _WHERE)(cache, new, slots, at, within)
 

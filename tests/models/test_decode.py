@@ -90,6 +90,21 @@ def test_sampled_logprobs_are_those_of_the_training_forward(config):
         np.testing.assert_allclose(out.logprobs[:, i], expected, atol=2e-5)  # asked for: 1e-4
 
 
+def test_the_cache_of_an_accelerator_holds_and_gives_the_same(monkeypatch):
+    prompts = [np.random.default_rng(1).integers(0, 97, n) for n in (40, 31, 2)]
+    told = []
+    for kind, inner in (("cpu", (32, 16)), ("tpu", (16, 32))):
+        monkeypatch.setattr(kv, "platform", lambda kind=kind: kind)
+        cache = filled(QWEN3, prompts)
+        assert cache.v.shape[-2:] == inner
+        rows = rows_of([p[-1] for p in prompts], [*(len(p) - 1 for p in prompts), 0, 0, 0], slot=[0, 1, 2, 6, 6, 6])
+        cache, out = decode.decode(params_of(QWEN3), QWEN3, cache, rows, 8)
+        told.append((cache.k, cache.v if kind == "cpu" else cache.v.swapaxes(-1, -2), out.logprobs[:, :3]))
+    assert np.count_nonzero(told[0][1]) == 2 * 2 * 16 * (40 + 31 + 2 - 3 + 3 * 8)  # layers, heads, D, positions
+    for one, other in zip(*told, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_greedy_takes_the_argmax():
     random = np.random.default_rng(1)
     prompt = random.integers(0, 97, 20)
