@@ -35,7 +35,7 @@ def _parse_call(whole: str, body: str) -> ToolCall:
         return ToolCall(error="the call is not closed with </tool_call>")
     try:
         call = json.loads(body, strict=False)  # a raw line break inside a string is read, not refused
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return ToolCall(error=f"the call is not valid JSON: {error}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         return ToolCall(error='the call must be an object {"name": string, "arguments": object}')
@@ -43,7 +43,7 @@ def _parse_call(whole: str, body: str) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, strict=False)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             return ToolCall(name=call["name"], error=f"the arguments are not valid JSON: {error}")
     if not isinstance(arguments, dict):
         return ToolCall(name=call["name"], error="the arguments must be an object")

@@ -274,16 +274,19 @@ def _lcb_tests(cell: Any) -> list[dict[str, Any]]:
         try:
             opened = zlib.decompress(base64.b64decode(value))
             value = json.loads(_TextOnly(io.BytesIO(opened)).load())
-        except (ValueError, zlib.error, pickle.UnpicklingError, EOFError, TypeError) as e:
+        except (ValueError, zlib.error, pickle.UnpicklingError, EOFError, TypeError, RecursionError) as e:
             raise e if isinstance(e, BadRow) else BadRow(f"the private tests cannot be opened ({e})") from e
-    return value if isinstance(value, list) else []
+    tests = value if isinstance(value, list) else []
+    if not all(isinstance(t, dict) and isinstance(t.get("input"), str) and "output" in t for t in tests):
+        raise BadRow("its tests must be a list of objects with input (text) and output")
+    return tests
 
 
 def _livecodebench(row: dict[str, Any]) -> Problem:
     public, private = _lcb_tests(row.get("public_test_cases")), _lcb_tests(row.get("private_test_cases"))
-    shown = {(t.get("input"), t.get("output")) for t in public}
+    shown = [(t["input"], t["output"]) for t in public]
     # the statement shows the public tests, so they grade only where there is nothing else
-    tests = [t for t in private if (t.get("input"), t.get("output")) not in shown] or public
+    tests = [t for t in private if (t["input"], t["output"]) not in shown] or public
     answer: dict[str, Any] = (
         {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests]} if tests else {}
     )

@@ -115,11 +115,11 @@ def iterate(file: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     if file.suffix == ".parquet":
         yield from _parquet(file)
         return
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # a byte order mark is no part of the text
         if file.suffix == ".json":
             try:
                 items = json.load(lines)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"data file {file} is not JSON ({e}); write a list of objects, or use .jsonl") from e
             if not isinstance(items, list):
                 raise UserError(f"data file {file} holds a {type(items).__name__}; write a list of objects")
@@ -130,9 +130,19 @@ def iterate(file: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             if isinstance(item, str):
                 try:
                     item = json.loads(item)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     item = BadRow(f"not JSON ({e})")
+            if not _is_unicode(item):
+                item = BadRow("not UTF-8, or half a surrogate pair, which no tokenizer takes")
             yield number, item if isinstance(item, dict | BadRow) else BadRow(f"a {type(item).__name__}, not an object")
+
+
+def _is_unicode(item: Any) -> bool:
+    try:
+        json.dumps(item, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -143,7 +153,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:  # ValueError: text that is no UTF-8
         raise UserError(
             f"parquet file {file} cannot be read ({str(e).splitlines()[0]}); it may be truncated: fetch it again"
         ) from e
@@ -154,7 +164,7 @@ def decode(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

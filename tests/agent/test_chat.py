@@ -108,6 +108,8 @@ def test_a_call_with_words_around_it():
         ('<tool_call>{"arguments": {}}</tool_call>', "must be an object"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "arguments must be an object"),
         ('<tool_call>{"name": "f", "arguments": "{"}</tool_call>', "arguments are not valid JSON"),
+        ('<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}</tool_call>", "not valid JSON"),
+        ('<tool_call>{"name": "f", "arguments": "' + "9" * 5000 + '"}</tool_call>', "arguments are not valid JSON"),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON"),
     ],
 )

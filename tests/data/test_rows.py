@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from open_agentrl_jax.data.prompts import read_tasks
 from open_agentrl_jax.data.rows import BadRow, Table, decode, read_table, resolve, write_parquet
 from open_agentrl_jax.types import UserError
 
@@ -77,6 +78,45 @@ def test_a_truncated_parquet_is_an_error(tmp_path):
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
             read_table(file, number)
+
+
+GOOD = '{"problem": "p", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"prompt": "p", "reward_model": "' + b"[" * 100_000 + b'"}',
+        b'{"problem": "\xff", "answer": "1"}',
+        b'{"problem": "\\ud800", "answer": "1"}',
+        b'{"question_content": "q", "public_test_cases": "[1]"}',
+        b'{"question_content": "q", "private_test_cases": [{"input": ["a"], "output": "b"}]}',
+        b'{"question_content": "q", "private_test_cases": [{"inp": 1}]}',
+    ],
+)
+def test_a_bad_row_of_any_kind_is_one_bad_row(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line + b"\n" + GOOD.encode() * 3)
+    table = read_tasks(path)
+    assert (len(table), len(table.skipped)) == (3, 1) and "row 1" in table.skipped[0]
+
+
+def test_a_byte_order_mark_and_dos_lines_are_no_part_of_the_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() * 2)
+    (tmp_path / "y.json").write_bytes(b"\xef\xbb\xbf[" + GOOD.encode() + b"]")
+    assert len(read_tasks(tmp_path)) == 3 and not read_tasks(tmp_path).skipped
+
+
+def test_damage_inside_a_file_is_an_error_of_one_line(tmp_path):
+    text = pa.array([b"\xff\xfe"], pa.binary()).buffers()
+    bad = pa.Array.from_buffers(pa.string(), 1, text)
+    pq.write_table(pa.table({"problem": bad, "answer": ["1"]}), tmp_path / "x.parquet")
+    (tmp_path / "y.json").write_text("[" * 100_000)
+    for name in ("x.parquet", "y.json"):
+        with pytest.raises(UserError, match=name) as caught:
+            read_tasks(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_all_kinds_of_file_and_a_folder_of_them(tmp_path):
