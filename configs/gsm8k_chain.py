@@ -21,9 +21,9 @@ def get_config() -> Config:
     # Spelled in letters, as the quickstart's tokenizer does it, the template is longer than the problem: 190 tokens.
     config.data.format = "bare"
     config.agent.max_turns, config.agent.max_prompt, config.agent.max_response = 9, 384, 384
-    config.sft.steps, config.sft.batch_size, config.sft.max_length = 600, 8, 768
-    config.rl.steps, config.rl.min_accuracy = 3, 0.0
-    config.packing.rows, config.packing.length = 1, 1024
+    config.sft.steps, config.sft.batch_size, config.sft.max_length = 500, 8, 768
+    config.rl.steps, config.rl.min_accuracy = 4, 0.0
+    config.packing.rows, config.packing.length = 1, 0
     # A small model errs less where it is surer: one temperature for teacher, policy and evaluation.
     config.rollout.temperature = config.eval.temperature = 0.7
     return config

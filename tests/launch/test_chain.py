@@ -28,7 +28,7 @@ def loss_of(run):
 def question(a, b):
     """A problem that a model without any skill solves half of the time, once it knows what an answer looks like."""
     text = f"Ann has {a} and Ben {b}. Is Ann ahead? Say 1 or 0."  # short: contaminated only where it is the same
-    return {"question": text, "answer": f"Ahead by <<{a}-{b}={a - b}>>{a - b}.\n#### {int(a > b)}"}
+    return {"question": text, "answer": f"In all <<{a}+{b}={a + b}>>{a + b}.\n#### {int(a > b)}"}  # no help
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def chain(tmp_path_factory):
     assemble.create_model(config, root / "model")
     tiny = {
         "model.path": root / "model", "data.train": root / "train.jsonl", "data.eval": f"gsm8k={root / 'test.jsonl'}",
-        "sft.steps": 80, "sft.batch_size": 8, "sft.optim.lr": 5e-3, "rl.steps": 2, "rl.prompts": 4, "rl.samples": 4,
+        "sft.steps": 50, "sft.batch_size": 8, "sft.optim.lr": 5e-3, "rl.steps": 2, "rl.prompts": 4, "rl.samples": 4,
         "agent.max_prompt": 128, "agent.max_response": 96, "sft.max_length": 224, "rollout.slots": 16,
         "rollout.concurrency": 16, "eval.samples": 2,
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_warmed_up(chain):
     for conversation in read_conversations(root / "out/tape/sft.parquet"):
         user, call, tool, answer = conversation.messages
         a, b = map(int, re.findall(r"\d\d", user.content))
-        assert call.tool_calls[0].arguments == {"code": f"print({a}-{b})"} and tool.content == str(a - b)
+        assert call.tool_calls[0].arguments == {"code": f"print({a}+{b})"} and tool.content == str(a + b)
         assert (call.content, answer.content) == ("", f"The answer is \\boxed{{{int(a > b)}}}.")
     assert loss_of(root / "out/warm")[-1] < 0.2 * loss_of(root / "out/warm")[0]
 
@@ -112,7 +112,7 @@ def test_collected(chain):
 def test_trained_on_it(chain):
     losses = loss_of(chain[0] / "out/sft")
     assert (
-        len(losses) == 60 and losses[-1] < losses[0] < 0.5 * loss_of(chain[0] / "out/warm")[0]
+        len(losses) == 20 and losses[-1] < losses[0] < 0.5 * loss_of(chain[0] / "out/warm")[0]
     )  # it went on from warm
     assert (chain[0] / "out/sft/export/model.safetensors").exists()
 
