@@ -173,6 +173,8 @@ async def test_a_token_is_asked_for_and_needed_beyond_loopback(sandbox):
             assert await client.ping() == [True]
     with pytest.raises(UserError, match="token"):
         await server.serve(sandbox, server.ServerSpec(host="0.0.0.0", port=0))
+    with pytest.raises(UserError, match=r"--port 99999: .*; choose another"):
+        await server.serve(sandbox, server.ServerSpec(port=99999))
 
 
 async def test_client_and_server_agree_with_the_executor(sandbox):
