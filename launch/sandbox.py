@@ -47,8 +47,12 @@ def check(all_plans: bool) -> int:
 
 async def serve(options: argparse.Namespace) -> None:
     """Serves until told to stop."""
+    import resource  # not everywhere where --help is asked for
+
     from open_agentrl_jax.sandbox import server  # aiohttp is the extra [servers]
 
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # idle connections shall not take the descriptors of the runs
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     spec = server.ServerSpec(options.host, options.port, os.environ.get("SANDBOX_TOKEN", ""), options.max_queue)
     sandbox = await asyncio.to_thread(
         lambda: open_embedded(max_active=options.max_active, unsafe_no_isolation=options.unsafe_no_isolation)

@@ -115,9 +115,13 @@ class ForkServer:
             future.set_result(report)
 
     def send(self, **order: Any) -> None:
-        """Sends an order; a dead server is noticed by its silence."""
-        with contextlib.suppress(OSError):
+        """Sends an order, later where the socket is full just now; a dead server is noticed by its silence."""
+        try:
             self.control.send(json.dumps(order).encode())
+        except BlockingIOError:
+            self.loop.call_later(0.01, lambda: self.send(**order))
+        except OSError:
+            pass
 
     async def take(self) -> tuple[int, socket.socket]:
         """A fresh child; another one is forked in its place, ahead of need."""
@@ -324,8 +328,9 @@ class Embedded(Background):
         flooded = asyncio.Event()
 
         def flood() -> None:
-            flooded.set()
-            server.send(kill=pid)
+            if not flooded.is_set():  # once: orders without end would fill the socket
+                flooded.set()
+                server.send(kill=pid)
 
         streams = [Stream(read, flood) for read, _ in pipes]
         for stream in streams:

@@ -144,6 +144,8 @@ class Server:
                 self._fork()
         elif "kill" in order:
             self._end(order["kill"])
+        elif order["start"] not in self.children:  # it ended before its time began, and its number may be another's now
+            self._report(order["start"], -signal.SIGKILL)
         else:
             self.starts[order["start"]] = now = time.monotonic()
             self.deadlines[order["start"]] = now + order["timeout"]

@@ -7,6 +7,7 @@ import gc
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 
@@ -213,6 +214,34 @@ async def test_children_share_no_memory_that_can_be_written(sandbox):
             for pid in descendants(task.result().process.pid) or [task.result().process.pid]:
                 maps = pathlib.Path(f"/proc/{pid}/maps").read_text()
                 assert not [line for line in maps.splitlines() if line.split()[1].startswith("rw-s")]
+
+
+async def test_no_order_is_lost_where_the_fork_server_is_slow():
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here.setblocking(False)
+    there.setblocking(False)
+    server = executor.ForkServer(None, here, {})  # pyright: ignore[reportArgumentType]
+    server.loop = asyncio.get_running_loop()
+    for number in range(2000):
+        server.send(kill=number)
+    seen = set()
+    async with asyncio.timeout(20):
+        while len(seen) < 2000:
+            try:
+                seen.add(there.recv(100))
+            except BlockingIOError:
+                await asyncio.sleep(0.01)
+    here.close()
+    there.close()
+
+
+async def test_a_flood_is_stopped_by_one_order(sandbox, monkeypatch):
+    kills = []
+    send = executor.ForkServer.send
+    monkeypatch.setattr(executor.ForkServer, "send", lambda self, **o: (kills.append(o), send(self, **o)))
+    result = await sandbox.run("import os\nwhile True: os.write(1, bytes(65536))", timeout=20)
+    assert "more than 16 MiB" in result.stderr
+    assert len([order for order in kills if "kill" in order]) == 1
 
 
 async def test_many_at_once(sandbox):

@@ -8,7 +8,9 @@ import base64
 import contextlib
 import importlib.util
 import pathlib
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -371,6 +373,22 @@ def test_the_command_stops_gracefully(sandbox):
             process.send_signal(signal.SIGTERM)
             assert pending.communicate(timeout=60)[0].strip() == "7"
         assert process.wait(60) == 0
+
+
+def test_idle_connections_leave_room_for_runs(sandbox):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        process, url = start_command()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with process, contextlib.ExitStack() as idle:
+        address = url.removeprefix("http://").split(":")
+        for _ in range(100):
+            idle.enter_context(socket.create_connection((address[0], int(address[1]))))
+        answer = httpx.post(f"{url}/run_code", json={"code": "print(1)"}, timeout=20, trust_env=False)
+        process.terminate()
+    assert answer.json()["run_result"]["stdout"] == "1\n"
 
 
 def test_check_tells_the_level(sandbox):
