@@ -126,7 +126,7 @@ def main(world: isolation.World, slot: int, threads: int, channel: socket.socket
     """
     leave = os._exit
     os.dup2(channel.detach(), 3)
-    channel = socket.socket(fileno=3)
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3)
     threading.main_thread()._set_native_id()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         isolation.settle(world, slot)
@@ -239,16 +239,17 @@ def lay_streams() -> None:
 
 
 def _fill_streams(stdin: bytes, stdout: int, stderr: int) -> None:
-    memory = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    left = memoryview(stdin)
-    while left:
-        left = left[os.write(memory, left) :]
-    os.lseek(memory, 0, os.SEEK_SET)
-    # sealed, or it would be memory beyond the limits
-    fcntl.fcntl(
-        memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    )
-    for descriptor, place in ((memory, 0), (stdout, 1), (stderr, 2)):
+    if stdin:  # else 0 stays /dev/null
+        memory = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        left = memoryview(stdin)
+        while left:
+            left = left[os.write(memory, left) :]
+        os.lseek(memory, 0, os.SEEK_SET)
+        # sealed, or it would be memory beyond the limits
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
+        os.dup2(memory, 0)
+    for descriptor, place in ((stdout, 1), (stderr, 2)):
         os.dup2(descriptor, place)
 
 
@@ -274,7 +275,9 @@ class _Program:
 
     def run(self) -> int:
         """Runs it to its end, threads and exit functions too; gives the return code."""
-        ballast = mmap.mmap(-1, 1 << 20)  # given back when memory runs out, so that this can be told
+        ballast = mmap.mmap(
+            -1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # given back when memory runs out, so that this can be told
         try:
             exec(compile(self.code, NAME, "exec", dont_inherit=True), self.module.__dict__)
             code = 0

@@ -72,6 +72,8 @@ class World:
     empty: str  # path of the empty root; the fork server removes it
     program: bytes
     holes: list[int]
+    limits: list[tuple[int, int]]  # (resource, value): those that are the same for every run
+    cores: int
     address_space: int = 0  # bytes that a child has before it does anything
 
     def in_proc(self, path: str, flags: int = os.O_RDONLY) -> int:
@@ -189,7 +191,8 @@ def enter(plan: Plan, search: list[str]) -> World:
         os.chmod(empty, 0o555)
     program, holes = seccomp.assemble(disk=plan.disk)
     first = 20_000 + 128 * random.SystemRandom().randrange(300)
-    return World(plan, proc, rules, abi, first, (uid, gid), keeps, empty, program, holes)
+    limits, cores = _fixed_limits(), os.cpu_count() or 1  # once: a child pays for each page that it touches
+    return World(plan, proc, rules, abi, first, (uid, gid), keeps, empty, program, holes, limits, cores)
 
 
 def _others_may_read(path: str) -> bool:
@@ -242,7 +245,7 @@ def lock(world: World, slot: int, *, memory_mb: int, timeout: float, threads: in
         threads: RLIMIT_NPROC; 0: none.
     """
     plan = world.plan
-    _limit(world.address_space + memory_mb * 2**20, timeout, threads)
+    _limit(world, world.address_space + memory_mb * 2**20, timeout, threads)
     if plan.chroot:
         os.chroot(world.empty)
     if plan.private_id:
@@ -274,11 +277,9 @@ def lock(world: World, slot: int, *, memory_mb: int, timeout: float, threads: in
         linux.seccomp_enter(seccomp.for_process(world.program, world.holes, os.getpid()))
 
 
-def _limit(memory: int, timeout: float, threads: int) -> None:
-    cpu = math.ceil(timeout + 1) * (os.cpu_count() or 1)
+def _fixed_limits() -> list[tuple[int, int]]:
+    """(resource, value) of the limits that are the same for every run, none above what this process has itself."""
     limits = {
-        "AS": memory,
-        "CPU": cpu,
         "FSIZE": DISK_MB * 2**20,
         "NOFILE": DESCRIPTORS,
         "STACK": 8 * 2**20,
@@ -289,14 +290,26 @@ def _limit(memory: int, timeout: float, threads: int) -> None:
         "NICE": 0,
         "RTPRIO": 0,
     }
+    kinds = {
+        getattr(resource, f"RLIMIT_{name}"): v for name, v in limits.items() if hasattr(resource, f"RLIMIT_{name}")
+    }
+    return [(kind, _at_most(kind, value)) for kind, value in kinds.items()]
+
+
+def _at_most(kind: int, value: int) -> int:
+    hard = resource.getrlimit(kind)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
+
+
+def _limit(world: World, memory: int, timeout: float, threads: int) -> None:
+    limits = [
+        (resource.RLIMIT_AS, _at_most(resource.RLIMIT_AS, memory)),
+        (resource.RLIMIT_CPU, _at_most(resource.RLIMIT_CPU, math.ceil(timeout + 1) * world.cores)),
+        *world.limits,
+    ]
     if threads:
-        limits["NPROC"] = threads
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is None:
-            continue
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        limits.append((resource.RLIMIT_NPROC, _at_most(resource.RLIMIT_NPROC, threads)))
+    for kind, value in limits:
         resource.setrlimit(kind, (value, value))
 
 
