@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from open_agentrl_jax.config import Config, Packing, fingerprint, to_dict
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
+from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import processes
@@ -70,6 +71,7 @@ def undone_if_refused(directory: Path) -> Iterator[None]:
 
     Else the command with the mistake mended would be another config than the one that the directory is claimed for.
     """
+    new = not directory.exists()
     before = set(os.listdir(directory)) if directory.is_dir() else set()
     try:
         yield
@@ -79,6 +81,9 @@ def undone_if_refused(directory: Path) -> Iterator[None]:
                 shutil.rmtree(directory / name, ignore_errors=True)
             for name in {"config.json", "sft.parquet"} - before:
                 (directory / name).unlink(missing_ok=True)
+            for empty in (directory / "checkpoints", directory) if new else ():
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
         raise
 
 
@@ -250,8 +255,9 @@ def make_chat(config: Config, policy: Policy, schemas: Sequence[dict[str, Any]])
     return Chat(policy.tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
 
 
-def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[list[Task], list[str]]:
+def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[Subset[Task], list[str]]:
     """The problems of a file, or generated ones, that fit the prompt budget; and what was left out, in words."""
+    tasks: Source[Task]
     if path == "arithmetic":
         count = synthetic.EVAL_PROBLEMS if evaluation else synthetic.TRAIN_PROBLEMS
         # Held-out problems are the same for every seed, so that runs compare.
@@ -259,24 +265,46 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
     else:
         # The prompts speak of a Python tool, and of no other: what else may be called its schema tells.
         python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
-        table = read_problems(path, format=reader_of(config), tools=python)
-        tasks, notes = list(table), []
+        how: dict[str, Any] = {"format": reader_of(config), "tools": python}
+        if config.data.data_dir:
+            table = builders().prepare_tasks(path, config.data.data_dir, evaluation=evaluation, **how)
+        else:
+            table = read_problems(path, **how)
+        tasks, notes = table, []
         if table.skipped:
             notes.append(f"{path}: skipped {len(table.skipped)} rows, e.g. {table.skipped[0]}")
-    if evaluation and config.data.eval_limit:
-        tasks = tasks[: config.data.eval_limit]
-    fitting = [task for task in tasks if len(chat.prompt(task.messages)) <= config.agent.max_prompt]
-    if len(fitting) < len(tasks):
+    count = min(len(tasks), (evaluation and config.data.eval_limit) or len(tasks))
+    fitting = [i for i in range(count) if len(chat.prompt(tasks[i].messages)) <= config.agent.max_prompt]
+    if len(fitting) < count:
         notes.append(
-            f"{path}: dropped {len(tasks) - len(fitting)} of {len(tasks)} problems, longer with the tool's schema than "
+            f"{path}: dropped {count - len(fitting)} of {count} problems, longer with the tool's schema than "
             f"agent.max_prompt={config.agent.max_prompt}"
         )
     if not fitting:
         raise UserError(f"{path}: no problem fits agent.max_prompt={config.agent.max_prompt} tokens; raise it")
-    return fitting, notes
+    return Subset(tasks, fitting), notes
 
 
-def refuse_overlap(train: Sequence[Task], held_out: Sequence[Task]) -> None:
+def training_problems(config: Config, chat: Chat) -> tuple[Mixture[Task], list[str]]:
+    """The problems of `data.train`, source by source; and what was left out, in words."""
+    notes: list[str] = []
+
+    def read(path: str) -> Subset[Task]:
+        found, more = problems(config, path, chat, evaluation=False)
+        notes.extend(more)
+        return found
+
+    return read_mixture("data.train", config.data.train, read), notes
+
+
+def builders() -> Any:
+    """The module of data sets that are prepared once; imported late, since TFDS takes its time."""
+    from open_agentrl_jax.data import builders
+
+    return builders
+
+
+def refuse_overlap(train: Iterable[Task], held_out: Iterable[Task]) -> None:
     """Evaluation problems must not be trained on.
 
     Raises:
@@ -292,10 +320,23 @@ def refuse_overlap(train: Sequence[Task], held_out: Sequence[Task]) -> None:
             raise UserError(f"data.eval: problem {task.id} is also in data.train (as {twin}); use disjoint files")
 
 
-def demonstrations(config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]) -> list[Conversation]:
-    """The SFT conversations: read from `data.sft`, or generated once into the run directory."""
-    if config.data.sft != "arithmetic":
-        return list(read_conversations(config.data.sft))
+def demonstrations(
+    config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]
+) -> Mixture[Conversation]:
+    """The SFT conversations of `data.sft`, source by source; `arithmetic` is generated once into the run directory."""
+
+    def read(path: str) -> Source[Conversation]:
+        if path == "arithmetic":
+            return read_conversations(generated_demonstrations(config, directory, sandbox, run))
+        if config.data.data_dir:
+            return builders().prepare_conversations(path, config.data.data_dir)
+        return read_conversations(path)
+
+    return read_mixture("data.sft", config.data.sft, read)
+
+
+def generated_demonstrations(config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]) -> Path:
+    """The file of the quickstart's demonstrations, made where it is not there yet."""
     path = directory / "sft.parquet"
     if not path.exists():
         tool = PythonTool(sandbox)
@@ -314,10 +355,10 @@ def demonstrations(config: Config, directory: Path, sandbox: Sandbox, run: Calla
         temporary = path.with_name("sft.writing.parquet")
         write_conversations(temporary, conversations)
         os.replace(temporary, path)
-    return list(read_conversations(path))
+    return path
 
 
-def sft_examples(config: Config, chat: Chat, conversations: Sequence[Conversation]) -> list[Example]:
+def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversation]) -> list[Example]:
     """Conversations as masked token sequences."""
     shifted = BEHAVIOURS[config.behaviour].sft_mask_shifted
     made = []

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.compile import SHAPES
+from launch.options import Parser
 from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import path_name
@@ -196,7 +197,7 @@ def measure(
 def main(arguments: list[str]) -> None:
     """The command."""
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
-    parser = argparse.ArgumentParser(prog="launch.benchmark decode", description=__doc__, formatter_class=formatter)
+    parser = Parser(prog="launch.benchmark decode", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="small", choices=MODELS, help="a shape; the weights are random")
     parser.add_argument("--dtype", default="", help="float32 on a CPU, else bfloat16")
     parser.add_argument("--weights", default="same", choices=("same", "int8"), help="as rollout.weights")

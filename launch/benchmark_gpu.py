@@ -18,7 +18,6 @@ that are not counted.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -34,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from launch import command
 from launch.compile import SHAPES
+from launch.options import Parser, refuse
 from open_agentrl_jax.types import UserError
 
 GIB = 2**30
@@ -327,7 +326,7 @@ def measure(parts: list[str], work: Work) -> Mapping[str, list[dict[str, Any]]]:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark gpu")
+    parser = Parser(prog="launch.benchmark gpu")
     parser.add_argument("--parts", default=",".join([*PARTS, "decode"]))
     parser.add_argument("--out", default="", help="also write the numbers to this file, as JSON")
     for field in dataclasses.fields(Work):
@@ -341,7 +340,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--model={options['model']}: use one of {', '.join(SHAPES)}")
         print(card())
     except UserError as error:
-        command.refuse(str(error))
+        refuse(str(error))
     work = Work(**options)
     found = measure([part for part in parts if part != "decode"], work)
     if out:

@@ -9,7 +9,6 @@ run; "naive" holds all logits at once. Time is measured on fewer tokens, all sid
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from launch.options import Parser
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import P
@@ -75,7 +75,7 @@ def seconds(programs: dict[str, Any], tokens: int, vocab: int, width: int, round
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark memory")
+    parser = Parser(prog="launch.benchmark memory")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--width", type=int, default=WIDTH)

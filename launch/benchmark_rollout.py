@@ -37,6 +37,7 @@ import numpy as np
 from configs import quickstart
 from launch import assemble
 from launch.benchmark_refit import REFIT, refit, show
+from launch.options import Parser
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Tool, ToolEnvironment
@@ -234,7 +235,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, pathlib.Path], dict[str, Any]]] =
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark rollout", description=__doc__)
+    parser = Parser(prog="launch.benchmark rollout", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["throughput", "refit"])
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
+from launch.options import Parser
 from open_agentrl_jax.sandbox.client import SandboxSpec, open_sandbox
 
 PROGRAMS = {
@@ -142,7 +143,7 @@ def show(row: dict) -> None:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark sandbox", description=__doc__)
+    parser = Parser(prog="launch.benchmark sandbox", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 64])

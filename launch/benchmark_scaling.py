@@ -10,7 +10,6 @@ those of the compiled program: state and batch, and XLA's temporaries.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -19,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
+
+from launch.options import Parser
 
 FAKE = 8  # devices there are
 
@@ -106,13 +107,12 @@ def picture(sweeps: dict[str, tuple[str, list[int], list[Cost]]]) -> str:
             return f"{x:.1f},{top + high - edge - (high - 2.2 * edge) * (math.log2(value) - low) / span:.1f}"
 
         parts.append(f'<text x="{left + edge}" y="{top + 18}" font-size="12">{escape(title)}</text>')
+        legend = ""
         for (name, values), colour in zip(relative.items(), ("#1f77b4", "#d62728"), strict=True):
             line = " ".join(at(place, value) for place, value in zip(places, values, strict=True))
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            x, y = at(places[-1], values[-1]).split(",")
-            parts.append(
-                f'<text x="{x}" y="{y}" fill="{colour}" dy="-5" text-anchor="end">{name} x {values[-1]:.2g}</text>'
-            )
+            legend += f'<tspan fill="{colour}">{name} x {values[-1]:.2g}</tspan> &#160; '
+        parts.append(f'<text x="{left + edge}" y="{top + 32}">{legend}</text>')
         for place in places:
             x = at(place, 2**low).split(",")[0]
             parts.append(f'<text x="{x}" y="{top + high - 16}" text-anchor="middle">{place}</text>')
@@ -125,7 +125,7 @@ def picture(sweeps: dict[str, tuple[str, list[int], list[Cost]]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark scaling")
+    parser = Parser(prog="launch.benchmark scaling")
     parser.add_argument("--sweeps", default=",".join(SWEEPS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--picture", default="", help="also draw it: an SVG file")

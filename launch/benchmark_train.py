@@ -12,7 +12,6 @@ scores of whole rows: of "agentic" 8.5 GB a row and layer, so it is left out the
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from launch.options import Parser
 
 MODEL: dict[str, Any] = {
     "vocab_size": 512,
@@ -230,7 +231,7 @@ def measure(shape: str, pythons: dict[str, str], rounds: int) -> dict[str, list[
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="launch.benchmark train")
+    parser = Parser(prog="launch.benchmark train")
     parser.add_argument("--shapes", default="8x512,2x2048,mix")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tunix_python", default="", help="the interpreter of an environment with google-tunix")

@@ -129,6 +129,14 @@ class _Answer:
 
     def __init__(self, model: str):
         self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._begun = False
+
+    def words(self, event: Event) -> str:
+        """An event as text of the answer, which does not begin with empty space."""
+        text = FENCES[event.kind].format(event.text)
+        text = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(text)
+        return text
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
@@ -151,13 +159,13 @@ async def _whole(request: web.Request, agent: Agent, question: Question, answer:
     text: list[str] = []
 
     async def listen(event: Event) -> None:
-        text.append(FENCES[event.kind].format(event.text))
+        text.append(answer.words(event))
 
     try:
         played = await _played(agent, question, listen)
     except RuntimeError as error:
         return _refusal(503, str(error))
-    message = {"role": "assistant", "content": "".join(text).strip()}
+    message = {"role": "assistant", "content": "".join(text)}
     choice = {"index": 0, "message": message, "finish_reason": played.pop("finish")}
     return web.json_response({**answer.common, "object": "chat.completion", "choices": [choice], **played})
 
@@ -166,7 +174,8 @@ async def _streamed(request: web.Request, agent: Agent, question: Question, answ
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
 
     async def listen(event: Event) -> None:
-        await response.write(answer.chunk({"content": FENCES[event.kind].format(event.text)}))
+        if text := answer.words(event):
+            await response.write(answer.chunk({"content": text}))
 
     await response.prepare(request)
     await response.write(answer.chunk({"role": "assistant", "content": ""}))

@@ -99,8 +99,8 @@ def main(config: Config, options: Options) -> int:
 def choose(work: Work, chat: Any) -> list[Task]:
     """The problems to ask, contaminated ones left out before anybody is paid for them."""
     train = work.config.data.train
-    tasks, notes = assemble.problems(work.config, train, chat, evaluation=False)
-    tasks = tasks[: work.options.limit or None]
+    mixture, notes = assemble.training_problems(work.config, chat)
+    tasks = list(mixture)[: work.options.limit or None]
     clean = [task for task in tasks if not work.contaminated(collection.problem_of(task))]
     if not clean:
         raise UserError(f"data.train {train}: all {len(tasks)} problems are in an evaluation set; use other ones")

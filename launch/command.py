@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,18 +12,13 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch.options import refuse
+from launch.reference import sections
 from open_agentrl_jax.config import Config, validate
 from open_agentrl_jax.types import UserError
 
-USER_EXIT = 2
 ROOT = Path(__file__).parents[1]  # where configs/ lies: the checkout, or site-packages
 HELP = ("-h", "-help", "--help", "--helpshort")
-
-
-def refuse(message: str) -> None:
-    """Prints one line and ends with the exit code of a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(USER_EXIT)
 
 
 def _find_config(argument: str) -> str:
@@ -33,7 +30,7 @@ def _find_config(argument: str) -> str:
     if (ROOT / path).is_file():
         return f"--config={ROOT / value}"
     names = ", ".join(sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py")))
-    return refuse(f"--config={value}: no such file; give a path, or configs/NAME.py of {names}")  # type: ignore[return-value]
+    return refuse(f"--config={value}: no such file; give a path, or configs/NAME.py of {names}")
 
 
 def _help() -> None:
@@ -45,6 +42,18 @@ def _help() -> None:
     sys.exit(0)
 
 
+def _unknown_field(argv: Sequence[str]) -> str:
+    """What to say of the first `--config.` flag that names no field; empty where all do."""
+    fields = [f"{name}.{f.name}".lstrip(".") for name, part in sections(Config()) for f in dataclasses.fields(part)]
+    for argument in argv:
+        field = argument.partition("=")[0].removeprefix("--config.")
+        if argument.startswith("--config.") and field not in fields:
+            near = difflib.get_close_matches(field, fields, 1)
+            meant = f"did you mean --config.{near[0]}? " if near else ""
+            return f"--config.{field}: no such field; {meant}docs/config.md lists the fields"
+    return ""
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     if any(argument in HELP for argument in argv[1:]):
         _help()
@@ -52,14 +61,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        return refuse(f"{error} (--help lists the flags)")  # type: ignore[return-value]
+        return refuse(f"{error} (--help lists the flags)")
     except KeyError as error:  # ml_collections: a field that is not there
-        return refuse(f"{error.args[0]}; docs/config.md lists the fields")  # type: ignore[return-value]
+        return refuse(_unknown_field(argv) or f"{error.args[0]}; docs/config.md lists the fields")
     except (OSError, ImportError) as error:
         text = " ".join(str(error).split())
-        return refuse(f"--config: {text}; give the path of a file in configs/")  # type: ignore[return-value]
+        return refuse(f"--config: {text}; give the path of a file in configs/")
     except (TypeError, ValueError, SyntaxError) as error:
-        return refuse(f"{' '.join(str(error).split())}; see the field's type in docs/config.md")  # type: ignore[return-value]
+        return refuse(f"{' '.join(str(error).split())}; see the field's type in docs/config.md")
 
 
 def config_flag() -> Callable[[], Config]:

@@ -104,8 +104,8 @@ def main(config: Config, options: Options) -> int:
         stack.callback(lambda: loop.run(world.close()))
         policy = players.policy(players.Wish(config, output, loop, world, journal, sampling, "curate", model=model))
         stack.callback(policy.close)
-        tasks, notes = assemble.problems(config, config.data.train, policy.chat, evaluation=False)
-        read = tasks[: options.limit or None]
+        mixture, notes = assemble.training_problems(config, policy.chat)
+        read = list(mixture)[: options.limit or None]
         tasks = [task for task in read if not contaminated(collection.problem_of(task))]
         if not tasks:
             raise UserError(f"data.train {config.data.train}: all {len(read)} problems are in an evaluation set")

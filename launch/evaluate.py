@@ -62,7 +62,8 @@ def main(config: Config, options: Options) -> int:
             players.Wish(config, directory, loop, world, journal, sampling, "evaluate", model=model)
         )
         stack.callback(player.close)
-        tasks, notes = assemble.problems(config, config.data.eval, player.chat, evaluation=True)
+        found, notes = assemble.problems(config, config.data.eval, player.chat, evaluation=True)
+        tasks = list(found)
         for note in notes:
             screen.say(note)
         groups = assemble.play_through(

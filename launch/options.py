@@ -1,14 +1,34 @@
-"""A command's own flags as a dataclass: defined when the command runs, an ordinary argument everywhere else."""
+"""A command's own flags as a dataclass: defined when the command runs, an ordinary argument everywhere else.
+
+Commands without a config take argparse's flags, with `Parser`, which tells a mistake as all commands do.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 
 T = TypeVar("T")
+USER_EXIT = 2
+
+
+def refuse(message: str) -> NoReturn:
+    """Prints one line and ends with the exit code of a user's mistake."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(USER_EXIT)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is one line, without the page of `--help`."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `refuse`."""
+        refuse(f"{message} (--help lists the flags)")
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:

@@ -17,7 +17,7 @@ from launch.world import World
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.data.loader import task_stream
+from open_agentrl_jax.data.loader import Mixture, task_stream
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import launching
@@ -67,7 +67,7 @@ def running(parts: Parts, name: str, steps: int, *, first_number: int = 0) -> Ru
 
 
 def run_sft(
-    parts: Parts, conversations: Sequence[Any], steps: int, state: states.TrainState | None, progress: Progress
+    parts: Parts, conversations: Mixture[Any], steps: int, state: states.TrainState | None, progress: Progress
 ) -> states.TrainState:
     """The warm start, from where `progress` stands."""
     config, policy = parts.config, parts.policy
@@ -77,7 +77,8 @@ def run_sft(
     if progress.step >= steps:
         return state
     packing = assemble.packing(config, config.sft.max_length, policy.mesh)
-    stream = task_stream(assemble.sft_examples(config, parts.chat, conversations), config.seed)
+    examples = [assemble.sft_examples(config, parts.chat, source) for source in conversations.sources]
+    stream = task_stream(examples, config.seed, weights=conversations.weights)
     step_fn = make_step(
         policy.config, optimizer, likelihood, behaviour=behaviour, gradients_summed=behaviour.sft_gradients_summed
     )
@@ -166,7 +167,7 @@ def reference_policy(parts: Parts, params: Any, *, begins: bool) -> Any:
 
 def run_rl(
     parts: Parts,
-    tasks: Sequence[Task],
+    tasks: Mixture[Task],
     held_out: Sequence[Task],
     steps: int,
     sft_steps: int,
@@ -231,14 +232,14 @@ def run_rl(
         generation.close()
 
 
-def scheduler(parts: Parts, generation: Generation, tasks: Sequence[Task], steps: int, progress: Progress) -> Scheduler:
+def scheduler(parts: Parts, generation: Generation, tasks: Mixture[Task], steps: int, progress: Progress) -> Scheduler:
     """Begins to play the problems, from where `progress` stands."""
     config, rl = parts.config, parts.config.rl
     sampling = Sampling(0, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     return Scheduler(
         parts.loop,
         assemble.Player(config, generation.engine, parts.chat, parts.world, sampling, "rl"),
-        task_stream(list(tasks), config.seed),
+        task_stream(tasks.sources, config.seed, weights=tasks.weights),
         prompts=rl.prompts,
         samples=rl.samples,
         concurrency=generation.concurrency,

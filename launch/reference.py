@@ -13,6 +13,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
+from launch.options import Parser
 from open_agentrl_jax import config
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
@@ -74,5 +75,6 @@ def text() -> str:
 
 
 if __name__ == "__main__":
+    Parser(prog="launch.reference", description=__doc__).parse_args()
     TARGET.write_text(text())
     print(TARGET)

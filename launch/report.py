@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from launch.options import Parser
 from open_agentrl_jax.telemetry import report
 from open_agentrl_jax.telemetry.screen import curve
 from open_agentrl_jax.types import UserError
@@ -165,9 +166,7 @@ def make_server(root: Path, host: str, port: int) -> ThreadingHTTPServer:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="launch.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="launch.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run directories")
     parser.add_argument("--output", type=Path, help="the file to write; default: report.html in the first run")
     parser.add_argument("--serve", type=Path, metavar="DIR", help="serve the runs below DIR")

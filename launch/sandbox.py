@@ -13,6 +13,7 @@ import asyncio
 import os
 import sys
 
+from launch.options import Parser
 from open_agentrl_jax.sandbox.probes import Findings, open_embedded, survey
 from open_agentrl_jax.types import UserError
 
@@ -69,9 +70,7 @@ async def serve(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="launch.sandbox", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="launch.sandbox", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="attack this machine's isolation with canaries and tell")
     parser.add_argument("--all", action="store_true", help="with --check: every plan, not only until one holds")
     parser.add_argument("--host", default="127.0.0.1")

@@ -24,6 +24,7 @@ from launch.phases import Parts, run_rl, run_sft
 from launch.world import World, open_world
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
+from open_agentrl_jax.data.loader import Mixture
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
@@ -144,23 +145,20 @@ def open_writer(config: Config, directory: Path, progress: Progress) -> Writer:
 def load_data(config: Config, directory: Path, chat: Chat, world: World | None, loop: EventLoop, screen: Screen):
     """Problems to train on, held-out problems and SFT conversations, as far as the config names them."""
 
-    def read(source: str, evaluation: bool) -> list[Task]:
-        found, notes = assemble.problems(config, source, chat, evaluation=evaluation)
-        for note in notes:
-            screen.say(note)
-        return found
-
-    tasks: list[Task] = []
+    tasks, conversations = Mixture[Task]([], []), Mixture[Any]([], [])
     held_out: list[Task] = []
-    conversations: list[Any] = []
+    notes: list[str] = []
     if config.data.sft and (config.sft.steps or config.sft.epochs):
         sandbox: Any = world and world.sandbox
         conversations = processes.first_then_all(lambda: assemble.demonstrations(config, directory, sandbox, loop.run))
     if config.data.train and (config.rl.steps or config.rl.epochs):
-        tasks = read(config.data.train, False)
+        tasks, notes = assemble.training_problems(config, chat)
     if config.data.eval:
-        held_out = read(config.data.eval, True)
+        found, more = assemble.problems(config, config.data.eval, chat, evaluation=True)
+        held_out, notes = list(found), notes + more
         assemble.refuse_overlap(tasks, held_out)
+    for note in notes:
+        screen.say(note)
     return tasks, held_out, conversations
 
 

@@ -45,11 +45,12 @@ class Model:
 class Data:
     """Where problems come from; `train` and `eval` must have no problem in common."""
 
-    train: str = ""  # "arithmetic" (generated) or a jsonl / parquet file
-    eval: str = ""  # the same, for the held-out problems; empty: no evaluation
-    sft: str = ""  # conversations: "arithmetic", or a jsonl / parquet file with `messages`
+    train: str = ""  # "arithmetic" (generated), a jsonl / parquet file, or several by weight: "a.parquet:3,b.jsonl:1"
+    eval: str = ""  # "arithmetic" or one file, for the held-out problems; empty: no evaluation
+    sft: str = ""  # conversations: "arithmetic", or as `train` but with `messages`
     format: str = "auto"  # a name of data.prompts' table of row formats, or "module:function" from a row to a Problem
     eval_limit: int = 0  # 0: all
+    data_dir: str = ""  # where files are prepared once, as array_record (TFDS); empty: they are read at every start
 
 
 @dataclasses.dataclass

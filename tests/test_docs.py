@@ -70,6 +70,37 @@ def test_documented_commands_are_understood():
     assert not [f"{page}: {line}: {refusal}" for (page, line, _), refusal in told if refusal]
 
 
+# What a documented command looks like -> the test that runs it, smaller. The first pattern found counts.
+RUN_BY = (
+    (r"launch\.\w+ \S*gsm8k_chain", "tests/launch/test_chain.py"),
+    (r"launch\.benchmark sandbox --url", "tests/launch/test_benchmarks.py"),
+    (r"launch\.benchmark (decode|memory|sandbox|scaling|train)\b", "tests/launch/test_benchmarks.py"),
+    (r"launch\.benchmark rollout", "tests/rollout/test_benchmark_rollout.py"),
+    (r"launch\.benchmark gpu", "tests/launch/test_benchmark_gpu.py"),  # part by part, on a CPU
+    (r"launch\.chat", "tests/launch/test_chat.py"),
+    (r"launch\.collect", "tests/launch/test_collect.py"),
+    (r"launch\.compile", "tests/launch/test_compile.py"),
+    (r"launch\.convert", "tests/launch/test_convert.py"),
+    (r"launch\.curate", "tests/launch/test_curate.py"),
+    (r"launch\.evaluate", "tests/launch/test_evaluate.py"),
+    (r"launch\.report", "tests/telemetry/test_report.py"),
+    (r"launch\.sandbox", "tests/sandbox/test_server.py"),
+    (r"launch\.sft", "tests/launch/test_train.py"),
+    (r"launch\.train \S*quickstart\.py", "tests/launch/test_train.py"),
+    (r"launch\.train \S*quickstart_sglang", "tests/rollout/test_sglang_run.py"),
+    (r"launch\.train \S*gsm8k_smoke", "tests/launch/test_gsm8k.py"),
+    (r"launch\.train \S*qwen3_4b_grpo_tcr", "tests/launch/test_compile.py"),  # its update, which no CPU could run
+)
+
+
+def test_every_documented_command_is_run_by_a_test():
+    lines = {line for _, line, _ in documented_commands()}
+    found = {line: next((shape for shape, _ in RUN_BY if re.search(shape, line)), None) for line in lines}
+    assert not [line for line, shape in found.items() if shape is None]
+    assert set(found.values()) == {shape for shape, _ in RUN_BY}  # nothing is listed that no page says
+    assert all((ROOT / test).is_file() for _, test in RUN_BY)
+
+
 def test_the_reference_is_up_to_date():
     told = "docs/config.md is not what config.py says: run python -m launch.reference"
     assert (ROOT / "docs/config.md").read_text() == reference.text(), told

@@ -38,6 +38,12 @@ BENCHMARKS = {
 }
 
 
+def place_of(path: str) -> str:
+    """Where the files of a named set, of `name=path`, or of a path lie."""
+    name, _, place = path.partition("=")
+    return place or BENCHMARKS[name].path if name in BENCHMARKS else path
+
+
 def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = True) -> TaskTable:
     """Reads the problems of a named set, or of a path.
 
@@ -49,12 +55,12 @@ def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = Tru
     Raises:
         UserError: as read_tasks; or a set of which no row belongs.
     """
-    name, _, place = path.partition("=")
+    name = path.partition("=")[0]
     if name not in BENCHMARKS:
         return read_tasks(path, format=format, tools=tools)
     benchmark = BENCHMARKS[name]
     format = benchmark.format if format == "auto" else format
-    table = read_tasks(place or benchmark.path, format=format, tools=tools, source=name)
+    table = read_tasks(place_of(path), format=format, tools=tools, source=name)
     kept = TaskTable((task for task in table if benchmark.keep(task)), table.skipped)
     if not kept:
         raise UserError(f"{path}: none of its {len(table)} problems belongs to {name}; give the file of this set")

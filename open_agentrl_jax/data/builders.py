@@ -1,7 +1,8 @@
 """TFDS builders: checked once, written to array_record, read by position without TensorFlow.
 
 A builder is named by what it holds (SFT trajectories, RL problems, evaluation problems), its config by the file it was
-made from and that file's content, so a changed file is prepared anew and an unchanged one never twice.
+made from, that file's content and how it is read, templates included; so what changed is prepared anew, and nothing
+is prepared twice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -20,8 +22,9 @@ from typing import Any, Generic, TypeVar
 
 import tensorflow_datasets as tfds
 
+from open_agentrl_jax.data.benchmarks import place_of, read_problems
 from open_agentrl_jax.data.conversations import Conversation, from_chat, read_conversations
-from open_agentrl_jax.data.prompts import read_tasks
+from open_agentrl_jax.data.prompts import TEMPLATES, TOOL_HINT
 from open_agentrl_jax.data.rows import Table, resolve
 from open_agentrl_jax.types import Message, Task, UserError
 
@@ -98,7 +101,7 @@ class RlProblems(_Builder, skip_registration=True):
     """Problems with the answers that grade them, to train on."""
 
     COLUMNS = ("id", "source", "messages", "answer", "extra")
-    read, encode = staticmethod(read_tasks), staticmethod(_encode_task)
+    read, encode = staticmethod(read_problems), staticmethod(_encode_task)
 
 
 class EvalProblems(RlProblems, skip_registration=True):
@@ -129,34 +132,39 @@ def prepare_tasks(
     """The problems of `path`, prepared under `data_dir` if they are not there yet.
 
     Args:
-        path: what data.prompts.read_tasks takes; `options` are its keywords.
+        path: what data.benchmarks.read_problems takes; `options` are its keywords.
         data_dir: where prepared data sets lie.
         evaluation: these are for evaluation: kept apart from those that are trained on.
 
     Raises:
-        UserError: as read_tasks.
+        UserError: as read_problems.
     """
-    return _prepare(EvalProblems if evaluation else RlProblems, _decode_task, path, data_dir, options)
+    # a reader of the user's own is known by its text
+    known = {name: inspect.getsource(value) if callable(value) else value for name, value in options.items()}
+    made_by = _json([known, repr(TEMPLATES), TOOL_HINT])
+    builder = EvalProblems if evaluation else RlProblems
+    return _prepare(builder, _decode_task, path, place_of(str(path)), data_dir, options, made_by)
 
 
 def prepare_conversations(path: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> Prepared[Conversation]:
     """The SFT trajectories of `path`, prepared under `data_dir` if need be. Raises as read_conversations."""
-    return _prepare(SftTrajectories, _decode_conversation, path, data_dir, {})
+    return _prepare(SftTrajectories, _decode_conversation, path, path, data_dir, {}, "")
 
 
 def _prepare(
     builder_class: type[_Builder],
     decode: Callable[[dict[str, str]], T],
     path: str | os.PathLike[str],
+    place: str | os.PathLike[str],
     data_dir: str | os.PathLike[str],
     options: dict[str, Any],
+    made_by: str,
 ) -> Prepared[T]:
-    files = resolve(path)
-    digest = hashlib.sha256(_json(options).encode())
-    for file in files:
+    digest = hashlib.sha256(made_by.encode())
+    for file in resolve(place):
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-    stem = re.sub(r"\W+", "_", Path(path).stem).strip("_").lower() or "data"
+    stem = re.sub(r"\W+", "_", Path(place).stem).strip("_").lower() or "data"
     config = Config(name=f"{stem}_{digest.hexdigest()[:12]}", path=str(path), options=options)
     with _quiet():
         builder = builder_class(data_dir=str(data_dir), config=config, file_format="array_record")

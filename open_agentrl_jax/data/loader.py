@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from open_agentrl_jax.types import UserError
 
 T = TypeVar("T", covariant=True)
+U = TypeVar("U")
+WEIGHTED = re.compile(r"(?P<path>.+?)(?::(?P<weight>\d+(?:\.\d+)?))?")
 
 
 class Source(Protocol[T]):
@@ -17,11 +22,64 @@ class Source(Protocol[T]):
 
     def __getitem__(self, index: Any, /) -> T: ...
 
+    def __iter__(self) -> Iterator[T]: ...
+
 
 class Stream(Protocol[T]):
     """`stream[position]` for any position >= 0; the same position always gives the same element."""
 
     def __getitem__(self, position: int, /) -> T: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(Generic[T]):
+    """Some elements of a source, which are not copied."""
+
+    source: Source[T]
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> T:
+        return self.source[self.indices[index]]
+
+    def __iter__(self) -> Iterator[T]:
+        return (self.source[i] for i in self.indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Generic[T]):
+    """Sources one after another, with the weights that `task_stream` mixes them by."""
+
+    sources: Sequence[Source[T]]
+    weights: Sequence[float]
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def __iter__(self) -> Iterator[T]:
+        return itertools.chain.from_iterable(self.sources)
+
+
+def read_mixture(field: str, text: str, read: Callable[[str], Source[U]]) -> Mixture[U]:
+    """Reads the sources that a config field names: `a.parquet`, or several with weights, `a.parquet:3,b.jsonl:1`.
+
+    Args:
+        field: the field's name, for errors.
+        text: paths with commas between; without weights each element comes as often as any other.
+        read: a path -> its elements.
+
+    Raises:
+        UserError: some sources have a weight and some have none, a weight is 0; or as `read`.
+    """
+    found = [WEIGHTED.fullmatch(part.strip()) for part in text.split(",")]
+    parts = [(match["path"], match["weight"]) for match in found if match]
+    given = [float(weight) for _, weight in parts if weight]
+    if len(parts) < len(found) or (given and len(given) < len(parts)) or 0 in given:
+        raise UserError(f"{field}={text}: give each source a positive weight or none, as in a.parquet:3,b.jsonl:1")
+    sources = [read(path) for path, _ in parts]
+    return Mixture(sources, given or [float(len(source)) for source in sources])
 
 
 def task_stream(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from open_agentrl_jax.data import builders
+from open_agentrl_jax.data import builders, prompts
 from open_agentrl_jax.data.builders import prepare_conversations, prepare_tasks
 from open_agentrl_jax.data.conversations import read_conversations
 from open_agentrl_jax.data.loader import task_stream
-from open_agentrl_jax.data.prompts import read_tasks
+from open_agentrl_jax.data.prompts import Problem, read_tasks
 from open_agentrl_jax.types import UserError
 
 CALL = {"function": {"name": "python", "arguments": {"code": "print('é')", "n": [1, None]}}}
@@ -68,6 +68,21 @@ def test_options_and_evaluation_are_kept_apart(tmp_path, problems):
     assert {p.name for p in (tmp_path / "data").iterdir()} >= {"rl_problems", "eval_problems"}
     files = {p.suffix or p.name for p in (tmp_path / "data").rglob("1.0.0/*")}
     assert any("array_record" in f for f in files)
+
+
+def test_what_reads_a_file_is_part_of_what_it_was_prepared_by(tmp_path, problems, monkeypatch):
+    def shout(row):
+        return Problem(row["problem"].upper(), row["answer"])
+
+    for template in (prompts.TEMPLATES["math"], prompts.Template("Solve.", "Box it.")):
+        monkeypatch.setitem(prompts.TEMPLATES, "math", template)
+        (task, *_) = prepare_tasks(problems, tmp_path / "data")
+        assert task.messages[0].content.startswith(template.preamble)
+    plain = write(tmp_path / "plain.jsonl", [{"problem": "one?", "answer": "1"}])
+    (task,) = prepare_tasks(f"gsm8k={write(tmp_path / 'g.jsonl', [{'question': 'q', 'answer': '#### 1'}])}", tmp_path)
+    assert task.source == "gsm8k"
+    (task,) = prepare_tasks(plain, tmp_path / "data", format=shout)
+    assert "ONE?" in task.messages[0].content and task == read_tasks(plain, format=shout)[0]
 
 
 def test_mistakes_of_the_user(tmp_path, problems):

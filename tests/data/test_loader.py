@@ -2,7 +2,7 @@ import collections
 
 import pytest
 
-from open_agentrl_jax.data.loader import task_stream
+from open_agentrl_jax.data.loader import Subset, read_mixture, task_stream
 from open_agentrl_jax.types import UserError
 
 LETTERS = list("abcdefghijk")
@@ -47,6 +47,24 @@ def test_sources_are_mixed_by_weight_each_at_its_own_pace():
     assert all(18 <= sum(s in small for s in seen[i : i + 80]) <= 22 for i in range(0, 320, 10))
     whole = [take(task_stream([small, large], 3, weights=[1, 3], process_index=i, process_count=2), 50) for i in (0, 1)]
     assert [whole[i % 2][i // 2] for i in range(100)] == seen[:100]
+
+
+def test_a_field_names_one_source_or_several_with_weights():
+    files = {"a.parquet": LETTERS, "gs://b/c.jsonl": [1, 2], "gsm8k=d.jsonl": [3]}
+    one = read_mixture("data.train", "a.parquet", files.get)
+    assert list(one) == LETTERS and len(one) == 11
+    assert take(task_stream(one.sources, 3, weights=one.weights), 60) == take(task_stream(LETTERS, seed=3), 60)
+    several = read_mixture("data.train", "gs://b/c.jsonl:1, a.parquet:0.5,gsm8k=d.jsonl:2.5", files.get)
+    assert several.weights == [1, 0.5, 2.5] and list(several) == [1, 2, *LETTERS, 3]
+    assert read_mixture("data.train", "a.parquet,gs://b/c.jsonl", files.get).weights == [11, 2]
+    for text in ("a.parquet:2,gs://b/c.jsonl", "a.parquet:0", "a.parquet:1,,gs://b/c.jsonl:1"):
+        with pytest.raises(UserError, match=r"data\.train=.*positive weight"):
+            read_mixture("data.train", text, files.get)
+
+
+def test_a_subset_copies_nothing():
+    subset = Subset(range(100, 200), [3, 1])
+    assert list(subset) == [103, 101] and subset[1] == 101 and len(subset) == 2
 
 
 def test_mistakes_of_the_user():

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from launch import assemble, command, report
+from launch.options import Parser
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.types import UserError
 
@@ -39,6 +40,33 @@ def test_a_config_of_ours_is_found_from_any_directory(tmp_path, monkeypatch, cap
     assert ended.value.code == 2 and told.count("\n") == 1 and "no such file" in told and " quickstart," in told
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--config.rl.stepss=3", "--config.rl.stepss: no such field; did you mean --config.rl.steps? docs/config.md"),
+        ("--config.zzz=3", "--config.zzz: no such field; docs/config.md"),
+        ("--config.rl.steps=abc", "flag --config.rl.steps=abc: invalid literal"),
+        ("--confi=3", "Unknown command line flag 'confi'"),
+    ],
+)
+def test_a_mistyped_flag_is_told_in_one_line(argument, told):
+    flags = ["--config=configs/quickstart.py", argument]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", *flags], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
+
+
+def test_commands_without_a_config_tell_a_mistake_in_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended:
+        Parser().parse_args(["--nothing"])
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        "error: unrecognized arguments: --nothing (--help lists the flags)\n",
+    )
+
+
 def test_a_refused_first_command_leaves_the_directory_unclaimed(tmp_path):
     config = Config(name="x", run_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
@@ -52,6 +80,11 @@ def test_a_refused_first_command_leaves_the_directory_unclaimed(tmp_path):
         (assemble.claim_directory(config) / "metrics.jsonl").touch()  # it has begun
         raise UserError("a mistake")
     assert (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "new"):
+        config.run_dir = str(tmp_path / "new")
+        (assemble.claim_directory(config) / "checkpoints").mkdir()
+        raise UserError("a mistake")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_given_as_a_model_is_told_of_its_export(tmp_path):

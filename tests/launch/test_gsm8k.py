@@ -33,17 +33,25 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-def test_three_steps_on_problems_of_a_file(tmp_path, tokenizer):
+def test_three_steps_on_two_files_mixed_by_weight_and_prepared_once(tmp_path, tokenizer):
     train, held_out = halves(tmp_path)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    plain = [{"problem": row["question"], "answer": row["answer"].split()[-1]} for row in rows[6:]]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     directory = tmp_path / "run"
     small = {"sft.steps": 0, "model.new.vocab_size": 1024, "agent.max_response": 48}
-    done = smoke(directory, train, held_out, tokenizer, **small)
+    prepared = {"data.data_dir": tmp_path / "prepared"}
+    done = smoke(directory, f"{train}:3,{tmp_path / 'few.jsonl'}:1", held_out, tokenizer, **small, **prepared)
+    assert {path.name for path in (tmp_path / "prepared").iterdir()} >= {"eval_problems", "rl_problems"}
     assert done.returncode == 0, done.stderr[-3000:]
     rl = [line for line in lines(directory) if line["phase"] == "rl"]
     assert [line["step"] for line in rl] == [1, 2, 3]
     assert all(line["actor/skipped"] == 0 and line["episodes"] == 8 for line in rl)
     texts = lines(directory, "trajectories.jsonl")
     assert all(t["answer"].isdigit() for t in texts)
+    played = [t["problem_id"].split("/")[0] for t in texts if t["phase"] == "rl"]
+    assert [played.count(source) for source in ("gsm8k", "few")] == [18, 6]
     assert json.loads((directory / "export" / "config.json").read_text())["vocab_size"] == 1024
 
 

@@ -21,6 +21,11 @@ const PANELS = [
 const COLOURS = ["#3b7dd8", "#d1603d", "#2f9e6e", "#9459c7", "#b98b1d", "#cf4f8b", "#4aa3b5", "#7a7a7a"];
 const TIMES_APART = new Set(["time/step", "time/episode_mean", "time/episode_max"]); // not parts of the step's time
 
+// What the vertical axis shows: uPlot's own choice is 0 to 100 where all is 0.
+function room(_, low, high) {
+  return low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low ?? 0, high ?? 1, 0.1, true);
+}
+
 class Curves {
   constructor(runs, onRange) {
     this.runs = runs;
@@ -119,7 +124,7 @@ class Curves {
     const options = {
       width: Math.max(260, box.clientWidth - 16),
       height: 190,
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range: room } },
       axes: [
         { ...axis, size: 26 },
         { ...axis, size: 52, values: (_, ticks) => marks(ticks) },
