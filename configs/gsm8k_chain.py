@@ -1,6 +1,6 @@
 """A small model teaches itself on real problem files: collect, SFT, curate, RL, evaluate; the chain of docs/data.md.
 
-    python -m launch.sft --config=configs/gsm8k_chain.py --config.data.sft=tape/sft.parquet \
+    python -m launch.sft --config=configs/gsm8k_chain.py --config.data.sft=stitched/sft.parquet \
         --config.run_dir=runs/gsm8k_chain/warm
 
 Hardware: a laptop, two CPU cores, no download, a quarter of an hour; runs/quickstart/export is where it begins.

@@ -6,8 +6,7 @@
 
 The teacher is a Hugging Face folder on the embedded engine, SGLang servers (`--config.rollout.engine=sglang`) or an
 OpenAI-compatible endpoint; agent loop, sandbox and grader are those of training. `--style=stitched` asks nobody: it
-turns the calculator annotations of GSM8K's solutions into tool calls, the baseline that real trajectories beat;
-`--style=tape` keeps of them the calls alone.
+turns the calculator annotations of GSM8K's solutions into tool calls, the paper's synthetic baseline.
 Writes sft.parquet, card.json and README.md to `--output`. Started again after a kill it goes on where it was.
 """
 
@@ -16,11 +15,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, players
+from launch import assemble, command, data, players
 from launch.options import define, option
 from launch.world import open_world, reader_of
 from open_agentrl_jax.agent.python_tool import PythonTool
@@ -41,7 +39,7 @@ class Options:
     teacher: str = option("", "a Hugging Face folder or Hub id; empty: <run_dir>/export")
     endpoint: str = option("", "base URL of an OpenAI-compatible server, in place of --teacher")
     endpoint_model: str = option("", "the name that the endpoint knows its model by")
-    style: str = option("real", "what is collected", choices=["real", "stitched", "tape"])
+    style: str = option("real", "what is collected", choices=["real", "stitched"])
     tries: int = option(4, "trajectories a problem", lower_bound=1)
     limit: int = option(0, "only the first so many problems; 0: all", lower_bound=0)
     size: int = option(0, "keep at most so many, balanced by source and number of calls; 0: all", lower_bound=0)
@@ -99,7 +97,7 @@ def main(config: Config, options: Options) -> int:
 def choose(work: Work, chat: Any) -> list[Task]:
     """The problems to ask, contaminated ones left out before anybody is paid for them."""
     train = work.config.data.train
-    mixture, notes = assemble.training_problems(work.config, chat)
+    mixture, notes = data.training_problems(work.config, chat)
     tasks = list(mixture)[: work.options.limit or None]
     clean = [task for task in tasks if not work.contaminated(collection.problem_of(task))]
     if not clean:
@@ -149,19 +147,19 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
     return samples, {"tries": len(tasks) * options.tries, **counts}
 
 
-def stitched(work: Work, *, tape: bool = False) -> tuple[list[collection.Sample], dict[str, int]]:
+def stitched(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
     """The annotated solutions of the problems themselves."""
     tasks = choose(work, players.Uncounted([PythonTool.schema]))
     counts, samples = collections.Counter[str](), []
     for task in tasks:
         try:
-            samples.append(stitch(task, tape=tape))
+            samples.append(stitch(task))
         except NotStitchable as error:
             counts[str(error)] += 1
     return samples, {"tries": len(tasks), **counts}
 
 
-STYLES = {"real": real, "stitched": stitched, "tape": functools.partial(stitched, tape=True)}
+STYLES = {"real": real, "stitched": stitched}
 
 
 if __name__ == "__main__":

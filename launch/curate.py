@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, players
+from launch import command, data, players
 from launch.options import define, option
 from launch.world import open_world, reader_of
 from open_agentrl_jax.config import Config
@@ -104,7 +104,7 @@ def main(config: Config, options: Options) -> int:
         stack.callback(lambda: loop.run(world.close()))
         policy = players.policy(players.Wish(config, output, loop, world, journal, sampling, "curate", model=model))
         stack.callback(policy.close)
-        mixture, notes = assemble.training_problems(config, policy.chat)
+        mixture, notes = data.training_problems(config, policy.chat)
         read = list(mixture)[: options.limit or None]
         tasks = [task for task in read if not contaminated(collection.problem_of(task))]
         if not tasks:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, players
+from launch import assemble, command, data, players
 from launch.options import define, option
 from launch.world import open_world
 from open_agentrl_jax.config import Config
@@ -62,7 +62,7 @@ def main(config: Config, options: Options) -> int:
             players.Wish(config, directory, loop, world, journal, sampling, "evaluate", model=model)
         )
         stack.callback(player.close)
-        found, notes = assemble.problems(config, config.data.eval, player.chat, evaluation=True)
+        found, notes = data.problems(config, config.data.eval, player.chat, evaluation=True)
         tasks = list(found)
         for note in notes:
             screen.say(note)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from launch import assemble
+from launch import assemble, data
 from launch.engines import Generation, open_generation
 from launch.world import World
 from open_agentrl_jax.agent.chat import Chat
@@ -77,7 +77,7 @@ def run_sft(
     if progress.step >= steps:
         return state
     packing = assemble.packing(config, config.sft.max_length, policy.mesh)
-    examples = [assemble.sft_examples(config, parts.chat, source) for source in conversations.sources]
+    examples = [data.sft_examples(config, parts.chat, source) for source in conversations.sources]
     stream = task_stream(examples, config.seed, weights=conversations.weights)
     step_fn = make_step(
         policy.config, optimizer, likelihood, behaviour=behaviour, gradients_summed=behaviour.sft_gradients_summed

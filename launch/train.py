@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command
+from launch import assemble, command, data
 from launch.phases import Parts, run_rl, run_sft
 from launch.world import World, open_world
 from open_agentrl_jax.agent.chat import Chat
@@ -150,13 +150,13 @@ def load_data(config: Config, directory: Path, chat: Chat, world: World | None, 
     notes: list[str] = []
     if config.data.sft and (config.sft.steps or config.sft.epochs):
         sandbox: Any = world and world.sandbox
-        conversations = processes.first_then_all(lambda: assemble.demonstrations(config, directory, sandbox, loop.run))
+        conversations = processes.first_then_all(lambda: data.demonstrations(config, directory, sandbox, loop.run))
     if config.data.train and (config.rl.steps or config.rl.epochs):
-        tasks, notes = assemble.training_problems(config, chat)
+        tasks, notes = data.training_problems(config, chat)
     if config.data.eval:
-        found, more = assemble.problems(config, config.data.eval, chat, evaluation=True)
+        found, more = data.problems(config, config.data.eval, chat, evaluation=True)
         held_out, notes = list(found), notes + more
-        assemble.refuse_overlap(tasks, held_out)
+        data.refuse_overlap(tasks, held_out)
     for note in notes:
         screen.say(note)
     return tasks, held_out, conversations

@@ -371,6 +371,7 @@ RESUMABLE = (
     "sft.steps",
     "sft.epochs",
     "run_dir",
+    "data.data_dir",
     "mesh",
     "packing",
     "sft.optim.offload",

@@ -3,9 +3,6 @@
 GSM8K writes `48/2 = <<48/2=24>>24 clips`. Cut at each annotation, the text before it becomes an assistant's turn that
 ends in a call `print(48/2)`, and `24` the tool's answer. Nothing is run and nothing was decided by a model: the calls
 were put where an annotator's calculator was. That is what the paper's first table calls stitched.
-
-A tape is the same without the words, with what Python would print (`24.0`) in place of what the annotator wrote: all
-that a model too small for sentences can learn of these solutions.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -37,12 +33,11 @@ class NotStitchable(ValueError):
     """Why a solution cannot be stitched: a heading for the counts."""
 
 
-def stitch(task: Task, *, tape: bool = False) -> Sample:
+def stitch(task: Task) -> Sample:
     """One problem's annotated solution as a conversation with tool calls.
 
     Args:
         task: `extra["solution"]` holds the worked solution with its annotations.
-        tape: the calls alone, with what Python would print.
 
     Raises:
         NotStitchable: no solution, no annotation, or one that is no arithmetic; the text is one word for the counts.
@@ -62,10 +57,8 @@ def stitch(task: Task, *, tape: bool = False) -> Sample:
         if told is None or abs(value - told) > _ROUNDED * max(1, abs(value)):
             raise NotStitchable("wrong_annotation")
         call = ToolCall(PythonTool.name, {"code": f"print({code})"})
-        said, shown = ("", str(_value(ast.parse(code, mode="eval").body))) if tape else (before.strip(), _tidy(result))
-        messages += [Message("assistant", said, [call]), Message("tool", shown)]
-    last = "" if tape else pieces[-1].strip()
-    messages.append(Message("assistant", f"{last}\nThe answer is \\boxed{{{task.answer}}}.".strip()))
+        messages += [Message("assistant", before.strip(), [call]), Message("tool", _tidy(result))]
+    messages.append(Message("assistant", f"{pieces[-1].strip()}\nThe answer is \\boxed{{{task.answer}}}.".strip()))
     calls = len(pieces) // 3
     columns: dict[str, Any] = {"problem_id": task.id, "try": 0, "tool_calls": calls, "tool_success": calls}
     conversation = Conversation(f"{task.id}/stitched", messages, [PythonTool.schema], task.source)
@@ -82,25 +75,16 @@ def _tidy(expression: str) -> str:
 def evaluate(expression: str) -> Fraction | None:
     """The exact value of plain arithmetic; None for anything else. Nothing is executed."""
 
-    def as_written(number: ast.Constant) -> Fraction:
-        return Fraction(ast.get_source_segment(expression, number) or "")  # 0.1 is a tenth
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+            return Fraction(_OPERATIONS[type(node.op)](value(node.left), value(node.right)))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return Fraction(ast.get_source_segment(expression, node) or "")  # 0.1 is a tenth
+        raise ValueError("no arithmetic")
 
     try:
-        return Fraction(_value(ast.parse(expression, mode="eval").body, as_written, Fraction))
+        return value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-
-
-def _value(
-    node: ast.AST,
-    number: Callable[[ast.Constant], Any] = lambda node: node.value,
-    kind: Callable[[Any], Any] = lambda value: value,
-) -> Any:
-    """What arithmetic gives, in Python's own numbers or in those that `number` reads and `kind` makes of a result."""
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        return kind(_OPERATIONS[type(node.op)](_value(node.left, number, kind), _value(node.right, number, kind)))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        return _value(node.operand, number, kind) * (-1 if isinstance(node.op, ast.USub) else 1)
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return number(node)
-    raise ValueError("no arithmetic")

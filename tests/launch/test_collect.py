@@ -107,13 +107,12 @@ def test_a_teacher_that_is_always_wrong_leaves_a_card_and_a_reason(tmp_path):
     assert json.loads((tmp_path / "card.json").read_text())["trajectories"]["wrong"] == 24
 
 
-@pytest.mark.parametrize(("style", "words"), [("stitched", True), ("tape", False)])
-def test_worked_solutions_are_asked_of_nobody(tmp_path, style, words):
-    card = gather(tmp_path, style=style)
+def test_worked_solutions_are_asked_of_nobody(tmp_path):
+    card = gather(tmp_path, style="stitched")
     assert card["trajectories"] == {"tries": 12, "duplicate": 0, "contaminated": 0, "over_size": 0, "kept": 12}
     first = read_conversations(tmp_path / "sft.parquet")[0]
     assert [m.role for m in first.messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
-    assert bool(first.messages[1].content) is words
+    assert first.messages[1].content
 
 
 def test_kill_9_loses_at_most_what_was_on_the_way(tmp_path):

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import quickstart
-from launch import assemble
+from launch import data
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.data import synthetic
@@ -43,7 +43,7 @@ def examples(chat, tmp_path, *conversations, max_length=1000, behaviour="robust"
     config.sft.max_length, config.behaviour = max_length, behaviour
     made = [Conversation(str(i), messages, [PythonTool.schema], "s") for i, messages in enumerate(conversations)]
     write_conversations(tmp_path / "sft.parquet", made)
-    return assemble.sft_examples(config, chat, read_conversations(tmp_path / "sft.parquet"))
+    return data.sft_examples(config, chat, read_conversations(tmp_path / "sft.parquet"))
 
 
 def trained(chat, batch):

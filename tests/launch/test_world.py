@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from launch import assemble
+from launch import assemble, data
 from launch.world import load, open_world, reader_of
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, validate
@@ -117,7 +117,7 @@ def test_a_data_format_of_ones_own(mine, tmp_path, tokenizer):
     config.data.format = "mine:read"
     assert reader_of(Config()) == "auto" and reader_of(config) is mine.read
     chat = Chat(tokenizer)
-    (task,), _ = assemble.problems(config, str(tmp_path / "riddles.jsonl"), chat, evaluation=False)
+    (task,), _ = data.problems(config, str(tmp_path / "riddles.jsonl"), chat, evaluation=False)
     assert task.answer == "piano" and task.source == "riddles" and "opens no door" in task.messages[0].content
 
 
