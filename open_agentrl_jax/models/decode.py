@@ -20,7 +20,7 @@ import numpy as np
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.kv import Cache, by_owner, each_row, turned, write
-from open_agentrl_jax.models.linear import GENERATION, at_rest
+from open_agentrl_jax.models.linear import APART, GENERATION, Way, at_rest, transposed
 from open_agentrl_jax.models.qwen import Params, run_layers
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.parallel.sharding import P
@@ -70,7 +70,7 @@ def extend(
     """The forward pass of tokens that follow what their slots hold.
 
     Args:
-      params: as models.qwen has them; matrices may be in 8 bits, see models/int8.py.
+      params: as models.qwen has them, or `qwen.apart`; matrices may be in 8 bits, see models/int8.py.
       model_config: the model.
       cache: filled before `starts`.
       tokens: [p c].
@@ -126,7 +126,13 @@ def extend(
         return by_owner(mix, aligned=aligned)(q, k, v, cache, slots, starts, layer, blocks), Cache(k, v)
 
     layers = jnp.arange(model_config.num_layers)
-    hidden, new = run_layers(params, model_config, tokens, positions, attend, layers, way=GENERATION)
+    way = _way(params)
+    hidden, new = run_layers(params, model_config, tokens, positions, attend, layers, way=way)
+    if way is APART:
+        # Changes no finite number. But unless what is written depends on the last layer's output, XLA does not know
+        # that this layer reads the cache before the write, and copies all of it at each step.
+        real = jnp.isfinite(hidden).all(-1)[..., None, None]
+        new = jax.tree.map(lambda x: jnp.where(real, x, jnp.nan), new)
     at = jnp.where(offsets < counts[:, None], positions // block, cache.k.shape[1])  # out of range is dropped
     return hidden, write(cache, new, slots, at, positions % block)
 
@@ -187,10 +193,17 @@ def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, 
     return cache, Sampled(tokens, logprobs, count, rows.left, i)
 
 
+def _way(params: Params) -> Way:
+    return APART if isinstance(params["layers"], tuple) else GENERATION
+
+
 def _scores(params: Params, model_config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [b t v] of hidden states [b t d], split over the devices as the head is."""
     name = "embed" if model_config.tie_word_embeddings else "head"
-    scores = at_rest(hidden, params[name].T if model_config.tie_word_embeddings else params[name], jnp.float32)
+    if _way(params) is APART:
+        scores = transposed(hidden, params[name], jnp.float32)
+    else:
+        scores = at_rest(hidden, params[name].T if model_config.tie_word_embeddings else params[name], jnp.float32)
     if (scale := params.get(name + SCALE)) is None:
         return scores
     return scores * (scale if current_mesh() is None else jax.reshard(scale, P(jax.typeof(scores).sharding.spec[2])))

@@ -1,9 +1,11 @@
 """The matrix products of a layer, their layouts on a mesh, and a backward pass without transposed copies.
 
-There are two ways to compute layers on a mesh. In TRAINING rows are split over the devices and come with thousands of
+There are ways to compute layers. In TRAINING, on a mesh, rows are split over the devices and come with thousands of
 tokens: parameters travel, gathered layer by layer. In GENERATION there are a few tokens and all weights are read for
 each of them: parameters stay where the trainer has them, every device has all rows, multiplies them with its part and
-the parts of the sums are added up. Without a mesh both compute the same.
+the parts of the sums are added up. Without a mesh both compute the same. APART is GENERATION for a CPU without a mesh,
+with parameters as `qwen.apart` makes them: XLA on a CPU copies each layer's matrices out of a stack before it
+multiplies with them, and is faster with few rows where the matrix is the left operand, summed over its inner axis.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Way(NamedTuple):
     look_up: Callable[[jax.Array, jax.Array], jax.Array]  # (embed [v d], tokens [b t]) -> [b t d], laid out as `wide`
     widen: Callable[[jax.Array, jax.Array], jax.Array]
     narrow: Callable[[jax.Array, jax.Array], jax.Array]
+    over: Callable[..., Any] = jax.lax.scan  # (function of a layer, x, what there is of each layer) -> as jax.lax.scan
 
 
 def _gather(name: str, weight: jax.Array) -> jax.Array:
@@ -92,5 +95,21 @@ def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     return jnp.einsum("bti,io->bto", x, w.astype(x.dtype), preferred_element_type=dtype, out_sharding=spec)
 
 
+def transposed(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """x [b t i] times w [o i] -> y [b t o]; in `dtype`, if given. w may be in 8 bits, see `at_rest`."""
+    y = jax.lax.dot_general(w, x, (((1,), (2,)), ((), ())), preferred_element_type=dtype or x.dtype)
+    return jnp.moveaxis(y, 0, -1)
+
+
+def _unrolled(layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    """As jax.lax.scan, but the first of `xs` is a tuple, one element a layer; the second is stacked."""
+    new = []
+    for i, weights in enumerate(xs[0]):
+        x, of_layer = layer(x, (weights, jax.tree.map(lambda part, i=i: part[i], xs[1])))
+        new.append(of_layer)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *new)
+
+
 TRAINING = Way(sharding.SPLIT, _gather, _look_up_gathered, widen, narrow)
 GENERATION = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest)
+APART = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, transposed, transposed, _unrolled)

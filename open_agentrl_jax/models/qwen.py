@@ -194,14 +194,14 @@ def run_layers(
     """Embedding, all layers and the final norm, with the attention given from outside.
 
     Args:
-      params: see the head of this file.
+      params: see the head of this file; laid out as `way` takes them.
       model_config: its compute_dtype and remat say how to run.
       tokens: [b t].
       positions: [b t]; they turn q and k before `attend` sees them.
       attend: (q [b t h D], k [b t k D], v [b t k D], layer_cache) -> (o [b t h D], new), called once a layer inside the
         scan. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
-      way: what travels on a mesh, see models/linear.py; without a mesh it changes nothing.
+      way: what travels on a mesh, and how products are written, see models/linear.py; the numbers are the same.
       stored: see `forward`.
 
     Returns:
@@ -227,8 +227,19 @@ def run_layers(
     if (scale := params.get("embed" + SCALE)) is not None:
         x = x * scale.at[tokens].get()[..., None]
     x = sharding.constrain(x.astype(dtype), way.layout.hidden)
-    x, new = jax.lax.scan(layer, x, (params["layers"], cache))
+    x, new = way.over(layer, x, (params["layers"], cache))
     return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new
+
+
+def apart(params: Params) -> Params:
+    """Parameters as `linear.APART` takes them: `layers` a tuple of trees, one a layer; matrices [o i], the head [v d].
+
+    All are copies but the embedding and the last norm.
+    """
+    layers: Params = params["layers"]
+    count = len(layers["attn_norm"])
+    made = dict(params, layers=tuple({name: w[i].T for name, w in layers.items()} for i in range(count)))
+    return made | ({"head": params["head"].T} if "head" in params else {})
 
 
 def unembedding(params: Params, model_config: ModelConfig) -> jax.Array:

@@ -102,6 +102,8 @@ class LocalEngine:
         chunks = sorted(prefill_chunks)
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
+        # Where weights are most of what a step moves, a copy laid out for a CPU pays. Accelerators share the trainer's.
+        self._apart = jax.default_backend() == "cpu" and self._mesh is None and 2 * slots < model_config.hidden_size
         self._expected = qwen.abstract_params(self.config)
         self._counters: collections.Counter[str] = collections.Counter()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -163,7 +165,7 @@ class LocalEngine:
         """Samples from `params` from the next dispatch on; when it returns, the former ones are no longer in use.
 
         Arrays of the engine's dtype that lie where it generates, on its device or over its mesh, are shared and not
-        copied: do not donate them while anything generates.
+        copied: do not donate them while anything generates. On a CPU with few slots only the embedding is shared.
         Requests in flight, and later turns of sessions, go on from the cache they have; each token carries its version.
 
         Raises:
@@ -323,7 +325,8 @@ class LocalEngine:
             placed = jax.tree.map(jax.device_put, params, self._shardings)
             if self._weights == "int8":
                 placed = int8.quantize(placed)
-            self._params = jax.tree.map(lambda x: x if x.dtype == np.int8 else x.astype(dtype), placed)
+            placed = jax.tree.map(lambda x: x if x.dtype == np.int8 else x.astype(dtype), placed)
+            self._params = qwen.apart(placed) if self._apart else placed
         self._version = version
         self._books.forget_prompts()
 

@@ -280,13 +280,18 @@ async def test_weights_from_a_folder(engine, tmp_path):
         engine.set_params(qwen.init(other, 0), 4)
 
 
-def test_the_trainers_arrays_are_shared_even_from_a_mesh():
+@pytest.mark.parametrize("slots", [4, 24])
+def test_the_trainers_arrays_are_shared_even_from_a_mesh(slots):
+    """With few slots a CPU has the layers apart and shares the rest."""
     with jax.set_mesh(mesh := make_mesh(devices=jax.devices()[:1])):
         params = qwen.init(CONFIG, 0, mesh)
-        engine = LocalEngine(params, CONFIG, **SIZES)
+        engine = LocalEngine(params, CONFIG, **SIZES | {"slots": slots})
         completion = asyncio.run(engine.generate([1, 2, 3], Sampling(4)))
-    for ours, theirs in zip(jax.tree.leaves(engine._params), jax.tree.leaves(params), strict=True):
-        assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
+    assert isinstance(engine._params["layers"], tuple) == (slots == 4)
+    shared = ("embed", "norm") if slots == 4 else ("embed", "norm", "layers")
+    ours, theirs = ([tree[name] for name in shared] for tree in (engine._params, params))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()
     engine.close()
     plain = LocalEngine(params_of(), CONFIG, **SIZES)
     assert asyncio.run(plain.generate([1, 2, 3], Sampling(4))).ids.tolist() == completion.ids.tolist()
