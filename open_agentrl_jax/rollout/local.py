@@ -35,6 +35,7 @@ from open_agentrl_jax.types import Completion, Sampling, UserError
 # products have others). Elsewhere the weights' way through memory costs, whatever the rows.
 _COMPACT = (64,)
 _PREFILL_TOKENS = {"cpu": 128}  # what a prefill dispatch aims at: short chunks of several requests share one
+APART = 10**9  # parameters of the largest model that is copied for a CPU: 4 GB in float32
 _GATHER_SECONDS = 0.001  # an idle engine waits this long for the rest of a burst
 
 _compilations: collections.Counter[int | None] = collections.Counter()  # by thread
@@ -102,9 +103,12 @@ class LocalEngine:
         chunks = sorted(prefill_chunks)
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
-        # Where weights are most of what a step moves, a copy laid out for a CPU pays. Accelerators share the trainer's.
-        self._apart = jax.default_backend() == "cpu" and self._mesh is None and 2 * slots < model_config.hidden_size
         self._expected = qwen.abstract_params(self.config)
+        # Where weights are most of what a step moves, a copy laid out for a CPU pays, if it finds room beside them.
+        # Accelerators share the trainer's.
+        cpu = jax.default_backend() == "cpu" and self._mesh is None
+        small = sum(x.size for x in jax.tree.leaves(self._expected)) <= APART
+        self._apart = cpu and small and 2 * slots < model_config.hidden_size
         self._counters: collections.Counter[str] = collections.Counter()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._device, self._shardings = here, jax.tree.map(lambda _: here, self._expected)
