@@ -83,7 +83,8 @@ ARGUMENTS = {
     "tgkill": [(0, "in", (PID,))],
     "socketpair": [(0, "in", (1,)), (1, "masked", (0o2004000, (1,)))],  # unix streams: what asyncio wakes itself with
     "sendto": [(4, "null", 0)],  # to the other end, never to an address
-    "futex": [(1, "masked", (0x180, (0, 1, 3, 4, 5, 9, 10)))],  # none that lends its priority to the owner, whoever that is
+    # waits and wakes; none that lends its priority to the owner, who may be any process
+    "futex": [(1, "masked", (0x180, (0, 1, 3, 4, 5, 9, 10)))],
     # no merging with equal pages of others, no pushing out of pages that others read too, no spoiling
     "madvise": [(2, "in", (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19, 22, 23, 25, 102, 103))],
 }
