@@ -194,6 +194,22 @@ def test_files_are_fetched_up_to_a_size(tmp_path, monkeypatch):
     assert sorted(found) == ["./small", "small"]
 
 
+def test_a_file_that_grows_while_it_is_fetched_is_cut(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"12345")
+    real = os.fstat
+
+    def grow(descriptor):
+        status = real(descriptor)
+        os.truncate(tmp_path / "file", 1 << 20)
+        return status
+
+    directory = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(fetching.os, "fstat", grow)
+    found = fetching.collect(directory, ("file",))
+    os.close(directory)
+    assert found == {"file": b"12345"}
+
+
 async def test_nothing_is_left_for_the_next_run(sandbox):
     code = "import os, builtins, math\nprint(hasattr(builtins, 'mark'), math.pi, os.path.exists('left'))\nbuiltins.mark = 1; math.pi = 3"
     more = "\nopen('left', 'w').close()" if sandbox.plan.disk else ""
