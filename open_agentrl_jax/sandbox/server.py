@@ -25,7 +25,8 @@ from open_agentrl_jax.types import UserError
 LARGEST_BODY = 128 * 2**20  # bytes
 ALL_BODIES = 4 * LARGEST_BODY  # bytes that the requests being read, waiting and running may have sent together
 READING = 60.0  # seconds that a client may take to send a body
-KEPT_FREE = 64, 8  # descriptors that connections leave: in all, and a run at once
+BACKLOG = 32  # connections taken at once; some three times as many are taken before they are counted
+KEPT_FREE = 128, 8  # descriptors that connections leave: in all, and a run at once
 OPEN_PATHS = ("/v1/ping", "/health")
 DEFAULT_SECONDS, DEFAULT_MB = 10.0, 2048  # SandboxFusion's and ours, where the request says nothing
 
@@ -265,7 +266,9 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
 
     try:
         try:
-            listening = await asyncio.get_running_loop().create_server(connection, spec.host, spec.port)
+            listening = await asyncio.get_running_loop().create_server(
+                connection, spec.host, spec.port, backlog=BACKLOG
+            )
         except (OSError, OverflowError) as error:  # the latter: no number of a port
             raise UserError(f"--port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
         loop = asyncio.get_running_loop()
