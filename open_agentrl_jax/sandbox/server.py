@@ -25,7 +25,7 @@ from open_agentrl_jax.types import UserError
 LARGEST_BODY = 128 * 2**20  # bytes
 ALL_BODIES = 4 * LARGEST_BODY  # bytes that the requests being read, waiting and running may have sent together
 READING = 60.0  # seconds that a client may take to send a body
-BACKLOG = 16  # connections taken at once: some six times as many can be open before they are counted or closed
+BACKLOG = 32  # connections taken at once; some more are open before they are counted or closed
 KEPT_FREE = 128, 8  # descriptors that connections leave: in all, and a run at once
 OPEN_PATHS = ("/v1/ping", "/health")
 DEFAULT_SECONDS, DEFAULT_MB = 10.0, 2048  # SandboxFusion's and ours, where the request says nothing
