@@ -43,6 +43,6 @@ def _read(directory: int, parts: tuple[str, ...], room: int) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_size > room:
             raise OSError("not a plain file, or too large a one")
         with os.fdopen(os.dup(at), "rb") as file:
-            return file.read()
+            return file.read(status.st_size)  # it may still grow: a run that is late is told before it is gone
     finally:
         os.close(at)

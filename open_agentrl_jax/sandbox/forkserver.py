@@ -24,7 +24,7 @@ import sys
 import time
 from typing import Any
 
-from . import child, isolation, linux
+from . import child, immortal, isolation, linux
 
 BOOT = """
 import importlib.util, sys
@@ -74,6 +74,7 @@ def main(descriptor: int) -> None:
     atexit._clear()
     gc.collect()
     gc.disable()
+    immortal.make_immortal()
     gc.freeze()
     with os.fdopen(world.in_proc("self/maps")) as maps:
         linux.use_huge_pages(maps.read())
@@ -86,7 +87,10 @@ def main(descriptor: int) -> None:
         "keeps": len(world.keeps),
     }
     control.send(json.dumps({"world": told}).encode())
-    Server(control, world).serve()
+    try:
+        Server(control, world).serve()
+    finally:
+        os._exit(0)  # the interpreter's own end counts on counts
 
 
 def _become_first_process(control: socket.socket) -> None:

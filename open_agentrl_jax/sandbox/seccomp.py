@@ -26,7 +26,6 @@ ALWAYS = {
     "umask": (95, 166),
     # memory
     "munmap": (11, 215), "mprotect": (10, 226), "brk": (12, 214), "mremap": (25, 216), "msync": (26, 227),
-    "madvise": (28, 233),
     # time
     "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "alarm": (37, None), "getitimer": (36, 102),
@@ -38,7 +37,7 @@ ALWAYS = {
     "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87), "pause": (34, None), "sched_yield": (24, 124),
     "restart_syscall": (219, 128), "wait4": (61, 260), "waitid": (247, 95),
     # threads and signals
-    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "set_tid_address": (218, 96),
+    "set_robust_list": (273, 99), "rseq": (334, 293), "set_tid_address": (218, 96),
     "exit": (60, 93), "exit_group": (231, 94), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137),
     "rt_sigsuspend": (130, 133), "sigaltstack": (131, 132),
@@ -63,7 +62,7 @@ WITH_A_DISK = {
 CHECKED = {
     "mmap": (9, 222), "clone": (56, 220), "prlimit64": (302, 261), "sched_getaffinity": (204, 123), "fcntl": (72, 25),
     "ioctl": (16, 29), "prctl": (157, 167), "kill": (62, 129), "tgkill": (234, 131), "socketpair": (53, 199),
-    "sendto": (44, 206),
+    "sendto": (44, 206), "futex": (202, 98), "madvise": (28, 233),
 }  # fmt: skip
 CLONE3 = 435
 
@@ -71,7 +70,7 @@ PID = object()  # stands for the process's own id, known only in the child
 THREAD = 0x100 | 0x800 | 0x10000  # CLONE_VM, CLONE_SIGHAND, CLONE_THREAD
 NAMESPACES = sum(CLONE.values())
 # name: conditions that must all hold; each (argument, what, values): "in" one of the values, "all" these bits set,
-# "none" of these bits set, "masked" (mask, value), "null" a pointer of 64 zero bits
+# "none" of these bits set, "masked" (bits that do not matter, values), "null" a pointer of 64 zero bits
 ARGUMENTS = {
     "mmap": [(3, "none", 0x40000)],  # huge pages are a pool of the host's
     "clone": [(0, "all", THREAD), (0, "none", NAMESPACES)],  # threads, never processes
@@ -82,8 +81,12 @@ ARGUMENTS = {
     "prctl": [(0, "in", (3, 15, 16, 0x53564D41))],  # dumpable?, names of threads and of memory
     "kill": [(0, "in", (PID,))],
     "tgkill": [(0, "in", (PID,))],
-    "socketpair": [(0, "in", (1,)), (1, "masked", (0o2004000, 1))],  # unix streams: what asyncio wakes itself with
+    "socketpair": [(0, "in", (1,)), (1, "masked", (0o2004000, (1,)))],  # unix streams: what asyncio wakes itself with
     "sendto": [(4, "null", 0)],  # to the other end, never to an address
+    # waits and wakes; none that lends its priority to the owner, who may be any process
+    "futex": [(1, "masked", (0x180, (0, 1, 3, 4, 5, 9, 10)))],
+    # no merging with equal pages of others, no pushing out of pages that others read too, no spoiling
+    "madvise": [(2, "in", (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19, 22, 23, 25, 102, 103))],
 }
 
 LOAD, EQUAL, ABOVE, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
@@ -102,13 +105,14 @@ def _conditions(checks: list) -> list[tuple]:
     for argument, what, values in checks:
         low = 16 + 8 * argument
         code.append((LOAD, 0, 0, low))
-        if what == "in":
+        if what == "masked":
+            code.append((AND, 0, 0, 0xFFFFFFFF & ~values[0]))
+            values = values[1]
+        if what in ("in", "masked"):
             for place, value in enumerate(values):
                 code.append((EQUAL, len(values) - place, 0, value))
         elif what == "all":
             code += [(AND, 0, 0, values), (EQUAL, 1, 0, values)]
-        elif what == "masked":
-            code += [(AND, 0, 0, 0xFFFFFFFF & ~values[0]), (EQUAL, 1, 0, values[1])]
         elif what == "none":
             code.append((ANY_BIT, 0, 1, values))
         else:  # "null"

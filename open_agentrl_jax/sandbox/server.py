@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hmac
 import ipaddress
+import resource
 import signal
 from typing import Any
 
@@ -22,6 +23,10 @@ from open_agentrl_jax.sandbox.result import Result
 from open_agentrl_jax.types import UserError
 
 LARGEST_BODY = 128 * 2**20  # bytes
+ALL_BODIES = 4 * LARGEST_BODY  # bytes that the requests being read, waiting and running may have sent together
+READING = 60.0  # seconds that a client may take to send a body
+BACKLOG = 32  # connections taken at once; some more are open before they are counted or closed
+KEPT_FREE = 128, 8  # descriptors that connections leave: in all, and a run at once
 OPEN_PATHS = ("/v1/ping", "/health")
 DEFAULT_SECONDS, DEFAULT_MB = 10.0, 2048  # SandboxFusion's and ours, where the request says nothing
 
@@ -120,6 +125,7 @@ class Api:
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = 0.0
         self.pending = 0
+        self.held = 0  # bytes of bodies
 
     def application(self) -> web.Application:
         """The routes."""
@@ -173,11 +179,28 @@ class Api:
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
     async def run_code(self, request: web.Request) -> web.Response:
-        """Runs one program."""
+        """Runs one program, where there is room for what was sent."""
+        size = LARGEST_BODY if request.content_length is None else request.content_length
+        if size > LARGEST_BODY:
+            return self._refuse(413, f"the body is larger than {LARGEST_BODY} bytes")
+        if self.held + size > ALL_BODIES:
+            return self._refuse(429, "too much is being sent or waits already", {"Retry-After": "1"})
+        self.held += size
         try:
-            arguments = read_request(await request.json(), self.spec.longest)
+            return await self._run(request)
+        finally:
+            self.held -= size
+
+    async def _run(self, request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(READING):
+                body = await request.json()
+            arguments = read_request(body, self.spec.longest)
+            del body
         except Invalid as error:
             return self._refuse(422, str(error))
+        except TimeoutError:
+            return self._refuse(408, f"the body took more than {READING:g} seconds")
         except (ValueError, LookupError, RecursionError):  # of another encoding, or nested without end
             return self._refuse(422, "the body is not JSON")
         waiting = self.pending - self.sandbox.max_active
@@ -199,6 +222,21 @@ class Api:
         return web.json_response({"detail": detail}, status=status, headers=headers)
 
 
+class Full(asyncio.Protocol):
+    """A connection that there is no room for."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ends it."""
+        if isinstance(transport, asyncio.Transport):
+            transport.abort()
+
+
+def most_connections(runs: int) -> int:
+    """How many connections may be open at once, so that the runs have the descriptors that they need."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(limit - KEPT_FREE[0] - KEPT_FREE[1] * runs, limit // 4)
+
+
 async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[int] | None = None) -> None:
     """Serves until SIGTERM or SIGINT, or until it is cancelled; running programs are let finish.
 
@@ -213,13 +251,24 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
     if not spec.token and not loopback(spec.host):
         raise UserError(f"--host {spec.host}: others can reach it, so a token is needed: set SANDBOX_TOKEN")
     api = Api(sandbox, spec)
-    runner = web.AppRunner(api.application(), access_log=None, shutdown_timeout=spec.grace, handler_cancellation=True)
+    runner = web.AppRunner(
+        api.application(), access_log=None, shutdown_timeout=spec.grace, handler_cancellation=True,
+        auto_decompress=False,  # two megabytes can hold two gigabytes
+    )  # fmt: skip
     await runner.setup()
+    most = most_connections(sandbox.max_active)
     stop = asyncio.Event()
+    listening = None
+
+    def connection() -> asyncio.Protocol:
+        assert runner.server is not None
+        return runner.server() if len(runner.server.connections) < most else Full()
+
     try:
         try:
-            site = web.TCPSite(runner, spec.host, spec.port)
-            await site.start()
+            listening = await asyncio.get_running_loop().create_server(
+                connection, spec.host, spec.port, backlog=BACKLOG
+            )
         except (OSError, OverflowError) as error:  # the latter: no number of a port
             raise UserError(f"--port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
         loop = asyncio.get_running_loop()
@@ -229,7 +278,9 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
             except (RuntimeError, ValueError):  # not the main thread: whoever started us stops us
                 break
         if started is not None:
-            started.set_result(runner.addresses[0][1])
+            started.set_result(listening.sockets[0].getsockname()[1])
         await stop.wait()
     finally:
+        if listening is not None:
+            listening.close()
         await runner.cleanup()

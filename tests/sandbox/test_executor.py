@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from open_agentrl_jax.sandbox import child, executor, fetching, isolation, probes
+from open_agentrl_jax.sandbox import child, executor, fetching, immortal, isolation, probes
 from open_agentrl_jax.sandbox.client import Result, SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError
 
@@ -194,6 +194,22 @@ def test_files_are_fetched_up_to_a_size(tmp_path, monkeypatch):
     assert sorted(found) == ["./small", "small"]
 
 
+def test_a_file_that_grows_while_it_is_fetched_is_cut(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"12345")
+    real = os.fstat
+
+    def grow(descriptor):
+        status = real(descriptor)
+        os.truncate(tmp_path / "file", 1 << 20)
+        return status
+
+    directory = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(fetching.os, "fstat", grow)
+    found = fetching.collect(directory, ("file",))
+    os.close(directory)
+    assert found == {"file": b"12345"}
+
+
 async def test_nothing_is_left_for_the_next_run(sandbox):
     code = "import os, builtins, math\nprint(hasattr(builtins, 'mark'), math.pi, os.path.exists('left'))\nbuiltins.mark = 1; math.pi = 3"
     more = "\nopen('left', 'w').close()" if sandbox.plan.disk else ""
@@ -215,6 +231,77 @@ async def test_children_share_no_memory_that_can_be_written(sandbox):
             for pid in descendants(task.result().process.pid) or [task.result().process.pid]:
                 maps = pathlib.Path(f"/proc/{pid}/maps").read_text()
                 assert not [line for line in maps.splitlines() if line.split()[1].startswith("rw-s")]
+
+
+# What a program does with the objects that it was given, and the count of each before and after.
+COUNTS = """
+import gc, resource, sys, sympy, json
+from sympy.core import mul
+things = {"code": sympy.solve.__code__, "constants": sympy.solve.__code__.co_consts, "function": sympy.solve, "module": sympy,
+    "type": sympy.Symbol, "dict": sympy.__dict__, "text": sympy.__doc__, "name": sympy.__name__, "tuple": sympy.Symbol.__mro__,
+    "bytes": sympy.solve.__code__.co_linetable, "term": sympy.pi, "method": json.JSONEncoder.encode}
+before = {name: sys.getrefcount(thing) for name, thing in things.items()}
+held = [list(things.values()) for _ in range(50)]
+x = sympy.Symbol("x")
+assert sympy.solve(x**2 - 5*x + 6, x) == [2, 3]
+after = {name: sys.getrefcount(thing) for name, thing in things.items()}
+print([name for name in things if before[name] != after[name]], resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+COPIED = 1200  # pages that a child has written by the end of COUNTS: some 900 of immortal objects, 1,800 of others
+
+
+@pytest.mark.skipif(immortal.marker() is None, reason="this interpreter has no immortal objects (CPython 3.12 has)")
+async def test_a_child_writes_no_counts_to_what_it_was_given(sandbox):
+    pytest.importorskip("sympy")
+    if sandbox.plan.chroot:
+        pytest.skip("what the program imports is imported before, but in the child")
+    assert (await sandbox.run(COUNTS)).return_code == 0
+    result = await sandbox.run(COUNTS)
+    changed, _, faults = result.stdout.rpartition(" ")
+    assert changed == "[]" and int(faults) < COPIED, result
+
+
+async def test_the_collector_spares_what_the_fork_server_made(sandbox):
+    pytest.importorskip("sympy")
+    code = (
+        "import gc, sympy\ngc.unfreeze(); x = sympy.Symbol('x'); found = [gc.collect() for _ in range(3)]\n"
+        "print(sympy.solve(x**2 - 5*x + 6, x), sympy.integrate(sympy.sin(x), x)); gc.collect(); del x; gc.collect()\nprint('well')"
+    )
+    result = await sandbox.run(code, timeout=60)
+    assert result.stdout == "[2, 3] -cos(x)\nwell\n", result
+
+
+# Writes behind Python's back to what every child is given: the C library's code, a text, a number, code, and a small number.
+SPOILING = """
+import ctypes, json, math, platform
+libc = ctypes.CDLL(None)
+def write(address, data): ctypes.memmove(address, data, len(data))
+if platform.machine() == "x86_64":
+    address = ctypes.cast(libc.labs, ctypes.c_void_p).value
+    assert libc.mprotect(ctypes.c_void_p(address & -4096), ctypes.c_size_t(8192), 7) == 0
+    write(address, bytes.fromhex("b82a000000c3"))  # mov eax, 42; ret
+    assert libc.labs(-5) == 42
+write(id(json.__doc__) + 48, b"SPOILT")
+assert "SPOILT" in json.__doc__
+write(id(math.pi) + 16, bytes(8))
+assert math.pi == 0
+write(id(json.dumps.__code__), bytes(4))
+libc.write(1, b"spoilt", 6)
+write(id(7) + 24, b"\\x09")
+libc._exit(0)
+"""
+LOOKING = """
+import ctypes, json, math
+print(int("3") + 4, json.__doc__[:20], json.dumps([math.pi]), ctypes.CDLL(None).labs(-5), len(range(7)))
+"""
+
+
+async def test_what_a_program_writes_into_its_memory_no_other_sees(sandbox):
+    seen = [(await sandbox.run(LOOKING)).stdout]
+    for _ in range(3):  # one child is forked ahead: the third is surely younger than the first program
+        assert (await sandbox.run(SPOILING)).stdout == "spoilt"
+        seen.append((await sandbox.run(LOOKING)).stdout)
+    assert seen == ["7 JSON (JavaScript Obj [3.141592653589793] 5 7\n"] * 4
 
 
 async def test_no_order_is_lost_where_the_fork_server_is_slow():

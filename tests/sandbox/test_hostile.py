@@ -10,6 +10,7 @@ import pytest
 from open_agentrl_jax.sandbox import probes
 from open_agentrl_jax.sandbox.executor import Embedded
 from tests.sandbox import hosts
+from tests.sandbox.cunning import CUNNING
 from tests.sandbox.hostile import ATTACKS
 
 
@@ -20,7 +21,8 @@ async def offered(plan) -> bool:
 
 
 def test_there_are_a_hundred_and_none_twice():
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 100
+    attacks = [*ATTACKS, *CUNNING]
+    assert len({attack.name for attack in attacks}) == len(attacks) >= 140
 
 
 @pytest.mark.parametrize("name", hosts.PLANS)

@@ -391,6 +391,61 @@ def test_idle_connections_leave_room_for_runs(sandbox):
     assert answer.json()["run_result"]["stdout"] == "1\n"
 
 
+def test_a_flood_of_connections_leaves_the_server_able_to_run(sandbox):
+    program = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); sys.argv[1:] = ['--port', '0', '--max_active', '2']; from launch.sandbox import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[2]
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            url = process.stdout.readline().split()[0]
+            host, port = url.removeprefix("http://").split(":")
+            lasting = httpx.Limits(keepalive_expiry=120)  # it shall not need a second connection
+            with httpx.Client(trust_env=False, timeout=20, limits=lasting) as early, contextlib.ExitStack() as idle:
+                assert early.get(f"{url}/v1/ping").json() == "pong"
+                for _ in range(300):
+                    idle.enter_context(socket.create_connection((host, int(port)), 20))
+                answers = [early.post(f"{url}/run_code", json={"code": "print(1)"}).json() for _ in range(3)]
+            after, until = "", time.monotonic() + 20
+            while not after and time.monotonic() < until:
+                with contextlib.suppress(httpx.TransportError):  # it may not have seen yet that the others are gone
+                    after = httpx.get(f"{url}/v1/ping", trust_env=False, timeout=20).json()
+        finally:
+            process.terminate()
+        said = process.stderr.read()
+    assert [answer["run_result"]["stdout"] for answer in answers] == ["1\n"] * 3 and after == "pong"
+    assert "out of system resource" not in said
+
+
+async def test_compressed_bodies_are_not_unpacked(sandbox):
+    import gzip
+
+    body = gzip.compress(b'{"code": "print(1)"}')
+    async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.post(f"{url}/run_code", content=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 422
+
+
+async def test_bodies_have_room_only_up_to_a_sum_and_a_time(sandbox, monkeypatch):
+    monkeypatch.setattr(server, "ALL_BODIES", 3000)
+    monkeypatch.setattr(server, "READING", 1.0)
+    head = "POST /run_code HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{{"
+    async with serving(sandbox) as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.format(2990).encode())
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        assert (await post(url, code="print(1)", **RUN)).status_code == 429
+        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 408")
+        writer.close()
+        assert (await post(url, code="print(1)", **RUN)).status_code == 200
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.format(server.LARGEST_BODY + 1).encode())
+        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 413")
+        writer.close()
+
+
 def test_check_tells_the_level(sandbox):
     done = subprocess.run(
         [sys.executable, "-m", "launch.sandbox", "--check"],
