@@ -15,7 +15,6 @@ from open_agentrl_jax.data.prompts import read_tasks
 from open_agentrl_jax.data.rows import read_table
 from tests.launch.runs import ROOT, environment, lines
 
-pytestmark = pytest.mark.xdist_group("chain")  # one worker, or each would run all five commands
 PAGE = (ROOT / "docs" / "data.md").read_text()
 COMMANDS = re.findall(r"^python -m launch\.(\w+)( \$CHAIN.*)$", PAGE, re.MULTILINE)
 WORDS = re.findall(r'^(TEACHER|START)="(.*?)"', PAGE, re.MULTILINE)
@@ -31,10 +30,8 @@ def question(a, b):
     return {"question": text, "answer": f"In all <<{a}+{b}={a + b}>>{a + b}.\n#### {int(a > b)}"}  # no help
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """Where the commands ran, what each said, and the words that the shell was given."""
-    root = tmp_path_factory.mktemp("chain")
+def run_commands(root):
+    """Runs them below `root`; returns what each said, and the words that the shell was given."""
     pairs = [(a, b) for a in range(10, 40) for b in range(10, 40) if a != b]
     random.Random(0).shuffle(pairs)
     rows = [json.dumps(question(a, b)) + "\n" for a, b in pairs]
@@ -64,7 +61,7 @@ def chain(tmp_path_factory):
         )
         assert done.returncode == 0, (name, rest, done.stderr[-3000:])
         said.append(done.stdout)
-    return root, said, given
+    return said, given
 
 
 def test_the_page_names_the_commands():
@@ -73,10 +70,7 @@ def test_the_page_names_the_commands():
     assert [name for name, _ in WORDS] == ["TEACHER", "START"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_warmed_up(chain):
-    root, _, _ = chain
+def warmed_up(root, said, given):
     card = json.loads((root / "out/stitched/card.json").read_text())
     assert card["trajectories"] == {"tries": 44, "duplicate": 0, "contaminated": 0, "over_size": 0, "kept": 44}
     for conversation in read_conversations(root / "out/stitched/sft.parquet"):
@@ -87,10 +81,7 @@ def test_warmed_up(chain):
     assert loss_of(root / "out/warm")[-1] < 0.2 * loss_of(root / "out/warm")[0]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_collected(chain):
-    root, _, _ = chain
+def collected(root, said, given):
     card = json.loads((root / "out/collected/card.json").read_text())
     problems, counts = card["problems"], card["trajectories"]
     assert (problems["read"], problems["contaminated"], problems["used"]) == (48, 4, 44)
@@ -107,20 +98,13 @@ def test_collected(chain):
         assert [m.role for m in turns] == ["assistant", "tool"] * (len(turns) // 2) + ["assistant"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_trained_on_it(chain):
-    losses = loss_of(chain[0] / "out/sft")
-    assert (
-        len(losses) == 20 and losses[-1] < losses[0] < 0.5 * loss_of(chain[0] / "out/warm")[0]
-    )  # it went on from warm
-    assert (chain[0] / "out/sft/export/model.safetensors").exists()
+def trained_on_it(root, said, given):
+    losses = loss_of(root / "out/sft")
+    assert len(losses) == 20 and losses[-1] < losses[0] < 0.5 * loss_of(root / "out/warm")[0]  # it went on from warm
+    assert (root / "out/sft/export/model.safetensors").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_curated(chain):
-    root, _, given = chain
+def curated(root, said, given):
     folder = root / "out/curated"
     card = json.loads((folder / "card.json").read_text())
     difficulty = {row["class"]: row for row in card["difficulty"]}
@@ -148,10 +132,7 @@ def test_curated(chain):
     assert read_table(folder / "rl.parquet", lambda row, f, i: (row["pass_rate"], row["right"], row["tries"])) == before
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_reinforced_and_evaluated(chain):
-    root, said, _ = chain
+def reinforced_and_evaluated(root, said, given):
     rl = [line for line in lines(root / "out/rl") if line["phase"] == "rl"]
     assert [line["step"] for line in rl] == [1, 2] and all(line["actor/skipped"] == 0 for line in rl)
     kept = {t.id for t in read_tasks(root / "out/curated/rl.parquet")}
@@ -162,3 +143,11 @@ def test_reinforced_and_evaluated(chain):
     assert figures["episodes"] == {"all": 8, "aborted": 0} and len(figures["problems"]) == 4
     assert {p["id"].split("/")[0] for p in figures["problems"]} == {"aime_2025"}
     assert "aime_2025" in said[-1] and "agentic" in said[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_and_every_file_between_them(tmp_path):
+    said, given = run_commands(tmp_path)
+    for check in (warmed_up, collected, trained_on_it, curated, reinforced_and_evaluated):
+        check(tmp_path, said, given)
