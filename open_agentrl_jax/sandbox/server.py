@@ -12,8 +12,10 @@ import collections
 import dataclasses
 import hmac
 import ipaddress
+import os
 import resource
 import signal
+import socket
 from typing import Any
 
 from aiohttp import web
@@ -25,7 +27,8 @@ from open_agentrl_jax.types import UserError
 LARGEST_BODY = 128 * 2**20  # bytes
 ALL_BODIES = 4 * LARGEST_BODY  # bytes that the requests being read, waiting and running may have sent together
 READING = 60.0  # seconds that a client may take to send a body
-BACKLOG = 32  # connections taken at once; some more are open before they are counted or closed
+TAKEN = 32  # connections accepted at once: so many are open before they are counted
+WAITING = 1024  # connections that the kernel holds meanwhile; one that it refuses comes again a second later
 KEPT_FREE = 128, 8  # descriptors that connections leave: in all, and a run at once
 OPEN_PATHS = ("/v1/ping", "/health")
 DEFAULT_SECONDS, DEFAULT_MB = 10.0, 2048  # SandboxFusion's and ours, where the request says nothing
@@ -266,9 +269,10 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
 
     try:
         try:
-            listening = await asyncio.get_running_loop().create_server(
-                connection, spec.host, spec.port, backlog=BACKLOG
-            )
+            listening = await asyncio.get_running_loop().create_server(connection, spec.host, spec.port, backlog=TAKEN)
+            for each in listening.sockets:
+                with socket.socket(fileno=os.dup(each.fileno())) as same:
+                    same.listen(WAITING)
         except (OSError, OverflowError) as error:  # the latter: no number of a port
             raise UserError(f"--port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
         loop = asyncio.get_running_loop()
