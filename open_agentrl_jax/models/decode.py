@@ -20,7 +20,7 @@ import numpy as np
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.kv import Cache, by_owner, each_row, turned, write
-from open_agentrl_jax.models.linear import APART, GENERATION, Way, at_rest, transposed
+from open_agentrl_jax.models.linear import APART, GENERATION, Way, at_rest
 from open_agentrl_jax.models.qwen import Params, run_layers
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.parallel.sharding import P
@@ -200,10 +200,7 @@ def _way(params: Params) -> Way:
 def _scores(params: Params, model_config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [b t v] of hidden states [b t d], split over the devices as the head is."""
     name = "embed" if model_config.tie_word_embeddings else "head"
-    if _way(params) is APART:
-        scores = transposed(hidden, params[name], jnp.float32)
-    else:
-        scores = at_rest(hidden, params[name].T if model_config.tie_word_embeddings else params[name], jnp.float32)
+    scores = at_rest(hidden, params[name].T if model_config.tie_word_embeddings else params[name], jnp.float32)
     if (scale := params.get(name + SCALE)) is None:
         return scores
     return scores * (scale if current_mesh() is None else jax.reshard(scale, P(jax.typeof(scores).sharding.spec[2])))

@@ -5,7 +5,7 @@ tokens: parameters travel, gathered layer by layer. In GENERATION there are a fe
 each of them: parameters stay where the trainer has them, every device has all rows, multiplies them with its part and
 the parts of the sums are added up. Without a mesh both compute the same. APART is GENERATION for a CPU without a mesh,
 with parameters as `qwen.apart` makes them: XLA on a CPU copies each layer's matrices out of a stack before it
-multiplies with them, and is faster with few rows where the matrix is the left operand, summed over its inner axis.
+multiplies with them.
 """
 
 from __future__ import annotations
@@ -95,12 +95,6 @@ def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     return jnp.einsum("bti,io->bto", x, w.astype(x.dtype), preferred_element_type=dtype, out_sharding=spec)
 
 
-def transposed(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
-    """x [b t i] times w [o i] -> y [b t o]; in `dtype`, if given. w may be in 8 bits, see `at_rest`."""
-    y = jax.lax.dot_general(w, x, (((1,), (2,)), ((), ())), preferred_element_type=dtype or x.dtype)
-    return jnp.moveaxis(y, 0, -1)
-
-
 def _unrolled(layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
     """As jax.lax.scan, but the first of `xs` is a tuple, one element a layer; the second is stacked."""
     new = []
@@ -112,4 +106,4 @@ def _unrolled(layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, xs: tup
 
 TRAINING = Way(sharding.SPLIT, _gather, _look_up_gathered, widen, narrow)
 GENERATION = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest)
-APART = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, transposed, transposed, _unrolled)
+APART = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest, _unrolled)

@@ -232,14 +232,10 @@ def run_layers(
 
 
 def apart(params: Params) -> Params:
-    """Parameters as `linear.APART` takes them: `layers` a tuple of trees, one a layer; matrices [o i], the head [v d].
-
-    All are copies but the embedding and the last norm.
-    """
+    """Parameters as `linear.APART` takes them: `layers` a tuple of trees, one a layer, which are copies."""
     layers: Params = params["layers"]
     count = len(layers["attn_norm"])
-    made = dict(params, layers=tuple({name: w[i].T for name, w in layers.items()} for i in range(count)))
-    return made | ({"head": params["head"].T} if "head" in params else {})
+    return dict(params, layers=tuple({name: w[i] for name, w in layers.items()} for i in range(count)))
 
 
 def unembedding(params: Params, model_config: ModelConfig) -> jax.Array:

@@ -21,7 +21,7 @@ from open_agentrl_jax.types import UserError
 async def test_finishes(sandbox):
     result = await sandbox.run("import sys\nprint(input()[::-1])\nprint('oops', file=sys.stderr)", stdin="abc\n")
     assert (result.status, result.return_code, result.stdout, result.stderr) == ("finished", 0, "cba\n", "oops\n")
-    assert 0 < result.seconds < 20
+    assert 0 <= result.seconds < 20  # 0: over before its clock was ordered to start
 
 
 async def test_is_a_script(sandbox):
