@@ -34,7 +34,9 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
         python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
         how: dict[str, Any] = {"format": reader_of(config), "tools": python}
         if config.data.data_dir:
-            table = builders().prepare_tasks(path, config.data.data_dir, evaluation=evaluation, **how)
+            from open_agentrl_jax.data.builders import prepare_tasks  # imported late: TFDS takes a second
+
+            table = prepare_tasks(path, config.data.data_dir, evaluation=evaluation, **how)
         else:
             table = read_problems(path, **how)
         tasks, notes = table, []
@@ -64,13 +66,6 @@ def training_problems(config: Config, chat: Chat) -> tuple[Mixture[Task], list[s
     return read_mixture("data.train", config.data.train, read), notes
 
 
-def builders() -> Any:
-    """The module of data sets that are prepared once; imported late, since TFDS takes its time."""
-    from open_agentrl_jax.data import builders
-
-    return builders
-
-
 def refuse_overlap(train: Iterable[Task], held_out: Iterable[Task]) -> None:
     """Evaluation problems must not be trained on.
 
@@ -96,7 +91,9 @@ def demonstrations(
         if path == "arithmetic":
             return read_conversations(generated_demonstrations(config, directory, sandbox, run))
         if config.data.data_dir:
-            return builders().prepare_conversations(path, config.data.data_dir)
+            from open_agentrl_jax.data.builders import prepare_conversations  # imported late, as above
+
+            return prepare_conversations(path, config.data.data_dir)
         return read_conversations(path)
 
     return read_mixture("data.sft", config.data.sft, read)

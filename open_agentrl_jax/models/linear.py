@@ -1,10 +1,10 @@
 """The matrix products of a layer, their layouts on a mesh, and a backward pass without transposed copies.
 
-There are ways to compute layers. In TRAINING, on a mesh, rows are split over the devices and come with thousands of
+There are three ways to compute layers. In TRAINING rows are split over the devices and come with thousands of
 tokens: parameters travel, gathered layer by layer. In GENERATION there are a few tokens and all weights are read for
 each of them: parameters stay where the trainer has them, every device has all rows, multiplies them with its part and
-the parts of the sums are added up. Without a mesh both compute the same. APART is GENERATION for a CPU without a mesh,
-with parameters as `qwen.apart` makes them: XLA on a CPU copies each layer's matrices out of a stack before it
+the parts of the sums are added up. Without a mesh both compute the same. APART is GENERATION on a CPU without a mesh,
+with parameters as `qwen.apart` makes them, for XLA on a CPU copies each layer's matrices out of a stack before it
 multiplies with them.
 """
 

@@ -198,10 +198,10 @@ def run_layers(
       model_config: its compute_dtype and remat say how to run.
       tokens: [b t].
       positions: [b t]; they turn q and k before `attend` sees them.
-      attend: (q [b t h D], k [b t k D], v [b t k D], layer_cache) -> (o [b t h D], new), called once a layer inside the
-        scan. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
+      attend: (q [b t h D], k [b t k D], v [b t k D], layer_cache) -> (o [b t h D], new), called once a
+        layer. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
-      way: what travels on a mesh, and how products are written, see models/linear.py; the numbers are the same.
+      way: what travels on a mesh, and how the layers lie, see models/linear.py; without a mesh it changes no number.
       stored: see `forward`.
 
     Returns:

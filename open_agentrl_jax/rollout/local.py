@@ -104,7 +104,7 @@ class LocalEngine:
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
         self._expected = qwen.abstract_params(self.config)
-        # Where weights are most of what a step moves, a copy laid out for a CPU pays, if it finds room beside them.
+        # Where weights are most of what a step moves, a copy with the layers apart pays on a CPU, if it finds room.
         # Accelerators share the trainer's.
         cpu = jax.default_backend() == "cpu" and self._mesh is None
         small = sum(x.size for x in jax.tree.leaves(self._expected)) <= APART
@@ -169,7 +169,7 @@ class LocalEngine:
         """Samples from `params` from the next dispatch on; when it returns, the former ones are no longer in use.
 
         Arrays of the engine's dtype that lie where it generates, on its device or over its mesh, are shared and not
-        copied: do not donate them while anything generates. On a CPU with few slots only the embedding is shared.
+        copied: do not donate them while anything generates. On a CPU with few slots the layers are copied.
         Requests in flight, and later turns of sessions, go on from the cache they have; each token carries its version.
 
         Raises:

@@ -136,11 +136,16 @@ class Server:
                 os.read(woken, 4096)
             self._reap()
             self._kill_late()
-            if self.control in ready:
-                packet = self.control.recv(PACKET)
-                if not packet:
-                    break
+            if self.control in ready and not self._obey_all():
+                break
+
+    def _obey_all(self) -> bool:
+        """Obeys what has come; False once the executor went away."""
+        with contextlib.suppress(BlockingIOError):
+            while packet := self.control.recv(PACKET, socket.MSG_DONTWAIT):
                 self._obey(json.loads(packet))
+            return False
+        return True
 
     def _obey(self, order: dict[str, Any]) -> None:
         if "fork" in order:
@@ -196,11 +201,14 @@ class Server:
     def _reap(self) -> None:
         while self.children:
             try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if not pid:
+            if ended is None:
                 return
+            if ended.si_pid in self.children and ended.si_pid not in self.starts:
+                self._obey_all()  # its clock was ordered to start before it got its program: the order waits
+            pid, status, usage = os.wait4(ended.si_pid, 0)  # only now may its number become another's
             if pid not in self.children:  # a process that a child without isolation left behind
                 continue
             del self.children[pid]

@@ -304,7 +304,7 @@ def _at_most(kind: int, value: int) -> int:
 def _limit(world: World, memory: int, timeout: float, threads: int) -> None:
     limits = [
         (resource.RLIMIT_AS, _at_most(resource.RLIMIT_AS, memory)),
-        (resource.RLIMIT_CPU, _at_most(resource.RLIMIT_CPU, math.ceil(timeout + 1) * world.cores)),
+        (resource.RLIMIT_CPU, _at_most(resource.RLIMIT_CPU, math.ceil(max(timeout, 0) + 1) * world.cores)),
         *world.limits,
     ]
     if threads:
