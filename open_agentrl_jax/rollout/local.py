@@ -35,7 +35,7 @@ from open_agentrl_jax.types import Completion, Sampling, UserError
 # products have others). Elsewhere the weights' way through memory costs, whatever the rows.
 _COMPACT = (64,)
 _PREFILL_TOKENS = {"cpu": 128}  # what a prefill dispatch aims at: short chunks of several requests share one
-APART = 10**9  # parameters of the largest model that is copied for a CPU: 4 GB in float32
+_MOST_COPIED = 10**9  # parameters of a model whose layers a CPU copies, at most: 4 GB in float32
 _GATHER_SECONDS = 0.001  # an idle engine waits this long for the rest of a burst
 
 _compilations: collections.Counter[int | None] = collections.Counter()  # by thread
@@ -107,7 +107,7 @@ class LocalEngine:
         # Where weights are most of what a step moves, a copy with the layers apart pays on a CPU, if it finds room.
         # Accelerators share the trainer's.
         cpu = jax.default_backend() == "cpu" and self._mesh is None
-        small = sum(x.size for x in jax.tree.leaves(self._expected)) <= APART
+        small = sum(x.size for x in jax.tree.leaves(self._expected)) <= _MOST_COPIED
         self._apart = cpu and small and 2 * slots < model_config.hidden_size
         self._counters: collections.Counter[str] = collections.Counter()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
