@@ -22,7 +22,8 @@ def token_logprobs(
 
     The sequence is taken in slices of `chunk` tokens a device, and each slice's logits are computed again in the
     backward pass: memory is chunk x v instead of b x t x v. Logits, sums and the head's gradient are fp32 whatever the
-    dtype of `hidden`. The chosen logit is a masked sum, which also works where the vocabulary is sharded.
+    dtype of `hidden`. The chosen logit is a masked sum, which also works where the vocabulary is sharded. Where it is
+    over an axis that splits the sequence, the devices of that axis take slices together, each its part of the logits.
 
     Args:
         hidden: after the final norm.
@@ -39,24 +40,27 @@ def token_logprobs(
     padding = slices * width - part
 
     def split(x: Array) -> Array:
-        """[b t ...] -> [slices b parts width ...]: each device slices the part of the sequence that it holds."""
+        """[b t ...] -> [slices parts b width ...]: each device slices the part of the sequence that it holds."""
         rest = x.shape[2:]
         x = x.reshape(b, parts, part, *rest, out_sharding=_leading(x, 2))
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * len(rest))
-        return jnp.moveaxis(x.reshape(b, parts, slices, width, *rest, out_sharding=_leading(x, 2)), 2, 0)
+        x = x.reshape(b, parts, slices, width, *rest, out_sharding=_leading(x, 2))
+        return jnp.moveaxis(x, (2, 1), (0, 1))
 
     def join(x: Array) -> Array:
-        """[slices b parts width] -> [b t]."""
-        x = jnp.moveaxis(x, 0, 2)
+        """[slices parts b width] -> [b t]."""
+        x = jnp.moveaxis(x, (0, 1), (2, 1))
         x = x.reshape(b, parts, slices * width, out_sharding=_leading(x, 2))[..., :part]
         return x.reshape(b, t, out_sharding=_leading(x, 2))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_slice(head, x, ids):
-        logits = jnp.einsum("bptd,dv->bptv", x, head.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+        where = _leading(x, 2)
+        x, ids = _seen_by_all(x, head), _seen_by_all(ids, head)
+        logits = jnp.einsum("pbtd,dv->pbtv", x, head.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
         logp = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], logp, 0).sum(-1)
-        return chosen, -(jnp.exp(logp) * logp).sum(-1)
+        return tuple(x if where is None else jax.reshard(x, where) for x in (chosen, -(jnp.exp(logp) * logp).sum(-1)))
 
     # The head is a constant of the scan: its gradient adds up across slices in its own dtype (fp32), and nothing of its
     # size is saved a slice, as would be the case for a carry.
@@ -74,9 +78,27 @@ def _leading(x: Array, axes: int) -> jax.sharding.PartitionSpec | None:
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:axes])
 
 
+def _seen_by_all(x: Array, head: Array) -> Array:
+    """[parts b ...], the parts gathered over the axes that split the head's vocabulary.
+
+    A gradient of such an `x` is a part of a sum on each device: `reduced=` has it scattered, not summed everywhere.
+    TPU compilers do so along a leading axis only, which is why the parts are there.
+    """
+    here, split = jax.typeof(x).sharding, _names(jax.typeof(head).sharding.spec.partitions[1])
+    if here.mesh.empty:
+        return x
+    parts, *rest = here.spec
+    left = tuple(name for name in _names(parts) if name not in split)
+    reduced = frozenset(split if jnp.issubdtype(x.dtype, jnp.floating) else ())
+    return jax.reshard(x, jax.P(left or None, *rest, reduced=reduced))
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else (axis,) if axis else ()
+
+
 def _layout(x: Array) -> tuple[int, int]:
     """Rows of the leading axis that one device holds, and parts that the second is split into (explicit sharding)."""
     sharding = jax.typeof(x).sharding
-    names = [n if isinstance(n, tuple) else (n,) if n else () for n in (*sharding.spec, None, None)[:2]]
-    rows, parts = (math.prod(sharding.mesh.shape[name] for name in axis) for axis in names)
+    rows, parts = (math.prod(sharding.mesh.shape[n] for n in _names(axis)) for axis in (*sharding.spec, None, None)[:2])
     return max(1, x.shape[0] // rows), parts

@@ -62,20 +62,36 @@ def _gather(name: str, weight: jax.Array) -> jax.Array:
 
 
 def _look_up_gathered(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-    return sharding.gather("embed", embed).at[tokens].get(out_sharding=sharding.out(sharding.WIDE))
+    """Each device looks a whole row up in the part of the vocabulary that is its own by `seq`."""
+    if current_mesh() is None:
+        return embed.at[tokens].get()
+
+    def local(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+        table = jax.lax.all_gather(embed, "fsdp", tiled=True)
+        whole = jax.lax.all_gather(tokens, "seq")  # [parts b t]: TPU compilers scatter along a leading axis only
+        return jax.lax.psum_scatter(_own_rows(table, whole, "seq"), "seq")
+
+    return _on_mesh(local, sharding.SPLIT)(embed, tokens)
 
 
 def _look_up_at_rest(embed: jax.Array, tokens: jax.Array) -> jax.Array:
     if current_mesh() is None:
         return embed.at[tokens].get()
+    parts = sharding.names(sharding.spec("embed")[0])
+    return _on_mesh(lambda embed, tokens: jax.lax.psum(_own_rows(embed, tokens, parts), parts), sharding.WHOLE)(
+        embed, tokens
+    )
 
-    def local(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-        at = tokens - jax.lax.axis_index(sharding.PARTS) * len(embed)
-        mine = (at >= 0) & (at < len(embed))
-        return jax.lax.psum(jnp.where(mine[..., None], embed[jnp.where(mine, at, 0)], 0), sharding.PARTS)
 
-    specs = sharding.spec("embed"), sharding.WHOLE.tokens
-    return jax.shard_map(local, in_specs=specs, out_specs=sharding.WHOLE.wide, check_vma=False)(embed, tokens)
+def _on_mesh(local: Callable[..., jax.Array], layout: sharding.Layout) -> Callable[..., jax.Array]:
+    specs = sharding.spec("embed"), layout.tokens
+    return jax.shard_map(local, in_specs=specs, out_specs=layout.wide, check_vma=False)
+
+
+def _own_rows(table: jax.Array, tokens: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """Rows of the device's part of a table that `axes` split; 0 for a token that another device has."""
+    at = tokens - jax.lax.axis_index(axes) * len(table)
+    return table.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:

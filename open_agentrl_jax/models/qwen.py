@@ -239,16 +239,17 @@ def apart(params: Params) -> Params:
 
 
 def unembedding(params: Params, model_config: ModelConfig) -> jax.Array:
-    """The matrix [d v] from hidden states to logits, float32, vocabulary-sharded over tensor, whole over fsdp."""
+    """The matrix [d v] from hidden states to logits, float32, its vocabulary split over VOCABULARY, whole otherwise."""
     if model_config.tie_word_embeddings:
-        # [v/fsdp d/tensor] -> [v/tensor d]: the vocabulary is what the head splits, never the contraction.
-        return sharding.gather_as(params["embed"], sharding.P("tensor", None)).T
-    return sharding.gather("head", params["head"])
+        # [v/(seq fsdp) d/tensor] -> [v/(seq tensor) d]: the vocabulary is what is split, never the contraction.
+        return sharding.gather_as(params["embed"], sharding.P(sharding.VOCABULARY, None)).T
+    return sharding.gather_as(params["head"], sharding.P(None, sharding.VOCABULARY))
 
 
 def logits(params: Params, model_config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [b t v] of hidden states [b t d]; for short rows, the chunked head never makes them whole."""
     weights = unembedding(params, model_config).astype(hidden.dtype)
+    hidden = sharding.constrain(hidden, sharding.P(sharding.BATCH, None, None))  # `seq` splits the vocabulary
     return jnp.einsum("btd,dv->btv", hidden, weights, preferred_element_type=jnp.float32)
 
 

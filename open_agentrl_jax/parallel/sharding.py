@@ -18,9 +18,12 @@ P = jax.P
 # PARTS are on the leading matrix axis everywhere: only then do TPU compilers turn the gradient of a gathered parameter
 # into a reduce-scatter. Matrices are [in out]; layer parameters have the stack of layers in front, never split.
 PARTS = ("fsdp", "seq")  # both split parameters: the parts of a row sum gradients as the rows do
+# Of embedding and head no device ever holds more than its part over `seq`: the devices that share a row share its
+# look-ups and its logits as well. `seq` is the outer axis, so that gathering over fsdp alone gives whole parts.
+VOCABULARY = ("seq", "tensor")
 TABLE: dict[str, jax.sharding.PartitionSpec] = {
-    "embed": P(PARTS, "tensor"),  # [v d]
-    "head": P(PARTS, "tensor"),  # [d v]
+    "embed": P(("seq", "fsdp"), "tensor"),  # [v d]
+    "head": P("fsdp", VOCABULARY),  # [d v]
     "norm": P(None),  # [d]
     "layers/attn_norm": P(None, None),  # [l d]
     "layers/mlp_norm": P(None, None),
@@ -142,15 +145,16 @@ def gather(name: str, x: jax.Array, *, stacked: bool = True) -> jax.Array:
 
 
 def gather_as(x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
-    """A parameter laid out as `spec`, whole over every batch axis, its gradient summed on the way back."""
+    """A parameter laid out as `spec`, whole over every other axis of the batch, its gradient summed on the way back."""
     mesh = current_mesh()
     if mesh is None:
         return x
-    if mesh.shape["seq"] > 1:
+    kept = frozenset(name for part in spec for name in names(part))
+    if mesh.shape["seq"] > 1 and "seq" not in kept:
         # One axis after the other: for groups that fill a square torus TPU compilers have no reduce-scatter.
         here = jax.typeof(x).sharding.spec
         x = jax.reshard(x, P(*(_without("seq", part) for part in here), reduced=frozenset({"seq"})))
-    return jax.reshard(x, P(*spec, reduced=_REDUCED))
+    return jax.reshard(x, P(*spec, reduced=_REDUCED - kept))
 
 
 def unreduced(x: jax.Array) -> jax.sharding.PartitionSpec | None:

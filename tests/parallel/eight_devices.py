@@ -33,6 +33,7 @@ CASES = [
 def loss(params, config, tokens, positions, segments, targets):
     hidden = qwen.forward(params, config, tokens, positions, segments)
     logits = qwen.logits(params, config, hidden)
+    targets, segments = (sharding.constrain(x, sharding.P(sharding.BATCH, None)) for x in (targets, segments))
     mine = jnp.where(targets[..., None] == jnp.arange(config.vocab_size), logits, 0).sum(-1)
     return jnp.mean((jax.nn.logsumexp(logits, -1) - mine) * (segments > 0))
 
