@@ -23,7 +23,7 @@ from open_agentrl_jax.config import Config, Packing, fingerprint, to_dict
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.parallel import processes
+from open_agentrl_jax.parallel import processes, sharding
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine
@@ -254,13 +254,12 @@ def packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None) -> Pac
     Raises:
         UserError: the mesh does not divide them.
     """
-    sizes = dict(mesh.shape) if mesh is not None else {"data": 1, "fsdp": 1, "seq": 1}
-    groups, parts = sizes["data"] * sizes["fsdp"], sizes["seq"]
+    groups, parts = (1, 1) if mesh is None else (sharding.ways(axes, mesh) for axes in sharding.HIDDEN[:2])
     rows, length = config.packing.rows or groups, config.packing.length or -(-longest // parts) * parts
     if rows % groups:
         raise UserError(
             f"packing.rows={rows} does not divide by mesh data x fsdp = {groups}; use a multiple, or 0 for one a device"
         )
     if length % parts:
-        raise UserError(f"packing.length={length} does not divide by mesh.seq={parts}; use a multiple, or 0")
+        raise UserError(f"packing.length={length} does not divide by mesh seq x tensor = {parts}; use a multiple, or 0")
     return Packing(rows, length)

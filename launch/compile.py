@@ -201,7 +201,7 @@ def report(
     faults = []
     if sizes["peak"] > chip.hbm:
         faults.append(f"does not fit: the peak is {sizes['peak'] / GIB:.2f} GiB, the chip has {chip.hbm / GIB:.2f}")
-    for c in hlo.all_reduced(travels, at_least=smallest_matrix(model, mesh)):
+    for c in hlo.all_reduced(travels, at_least=smallest_matrix(model, mesh), tokens=tokens):
         faults.append(f"{c.bytes} bytes are all-reduced over {'+'.join(c.axes)}, not reduce-scattered: {c.source}")
     if len(faults) > 1 and mesh.shape["seq"] == 1:
         faults.append("where fsdp alone fills a square torus, give mesh.seq one side of it")

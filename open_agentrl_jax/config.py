@@ -121,7 +121,7 @@ class Packing:
     """Rows of the train step: `rows` x `length` tokens are one micro-batch."""
 
     rows: int = 8  # over the whole mesh; a multiple of data x fsdp of the mesh; 0: one for each of them
-    length: int = 0  # a multiple of seq of the mesh; 0: prompt + response budget (RL), max_length (SFT)
+    length: int = 0  # a multiple of the mesh's seq x tensor; 0: prompt + response budget (RL), max_length (SFT)
 
 
 @dataclasses.dataclass
@@ -202,10 +202,10 @@ class Checkpoint:
 class Mesh:
     """Devices an axis; -1: all that remain."""
 
-    data: int = 1
-    fsdp: int = -1
-    seq: int = 1
-    tensor: int = 1
+    data: int = 1  # copies of the parameters; the batch is split over it
+    fsdp: int = -1  # parts of the parameters; the batch is split over it too
+    seq: int = 1  # parts of each row and of the vocabulary (context parallelism)
+    tensor: int = 1  # parts of heads, hidden units and vocabulary
 
 
 @dataclasses.dataclass

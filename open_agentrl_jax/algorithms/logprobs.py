@@ -67,8 +67,11 @@ def token_logprobs(
     def step(_, inputs):
         return None, one_slice(unembedding, *inputs)
 
+    where = _leading(targets, 2)
+    if where is not None:
+        targets = jax.reshard(targets, _leading(hidden, 2))
     _, both = jax.lax.scan(step, None, (split(hidden), split(targets)))
-    logprobs, entropy = map(join, both)
+    logprobs, entropy = (x if where is None else jax.reshard(x, where) for x in map(join, both))
     return logprobs, entropy
 
 

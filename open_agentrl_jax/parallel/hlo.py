@@ -75,10 +75,14 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return found
 
 
-def all_reduced(found: Sequence[Collective], *, at_least: int) -> list[Collective]:
-    """All-reduces, of arrays as large as a parameter, over axes that split parameters: gradients to be scattered."""
+def all_reduced(found: Sequence[Collective], *, at_least: int, tokens: int) -> list[Collective]:
+    """All-reduces, of arrays as large as a parameter, over axes that split parameters: gradients to be scattered.
+
+    A float32 number for each of `tokens`, which some compilers gather in this way, is no gradient.
+    """
     parts = {"fsdp", "seq", "?"}
-    return [c for c in found if c.kind == "all-reduce" and parts & set(c.axes) and c.largest >= at_least]
+    found = [c for c in found if c.kind == "all-reduce" and parts & set(c.axes)]
+    return [c for c in found if c.largest >= at_least and c.largest != 4 * tokens]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

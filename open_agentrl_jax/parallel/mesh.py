@@ -27,8 +27,8 @@ def make_mesh(
     Args:
       data: copies of the parameters; the batch is split over it.
       fsdp: parts of the parameters; the batch is split over it too. -1 takes the devices that are left.
-      seq: parts of each row (context parallelism).
-      tensor: parts of heads, hidden units and vocabulary.
+      seq: parts of each row and of the vocabulary (context parallelism).
+      tensor: parts of heads, hidden units and vocabulary; between matrix products, of each row.
       devices: the devices to use, all by default; for ahead-of-time compilation those of a topology.
 
     Raises:

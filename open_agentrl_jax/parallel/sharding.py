@@ -43,7 +43,8 @@ TABLE: dict[str, jax.sharding.PartitionSpec] = {
 
 BATCH = ("data", "fsdp")  # what the batch is split over
 TOKENS = P(BATCH, "seq")  # [b t]
-HIDDEN = P(BATCH, "seq", None)  # [b t d]
+ROWS = P(BATCH, "seq", None)  # [b t d] where a product takes it or made it
+HIDDEN = P(BATCH, ("seq", "tensor"), None)  # [b t d] between products: norms and sums are done, and saved, once
 WIDE = P(BATCH, "seq", "tensor")  # [b t f] and [b t v]
 HEADS = P(BATCH, "seq", "tensor", None)  # [b t h D]
 
@@ -105,10 +106,8 @@ def check_divides(
     if len(spec) > len(shape):
         raise UserError(f"sharding: {name}: shape {shape} has {len(shape)} axes, the table has {len(spec)}")
     for axis, (size, part) in enumerate(zip(shape, spec, strict=False)):
-        axes = names(part)
-        ways = math.prod(mesh.shape[n] for n in axes)
-        if size % ways:
-            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in axes if mesh.shape[n] > 1)
+        if size % ways(part, mesh):
+            sizes = " x ".join(f"{n}={mesh.shape[n]}" for n in names(part) if mesh.shape[n] > 1)
             raise UserError(
                 f"sharding: {name}: axis {axis} of {shape} is {size}, which does not divide by {sizes}; "
                 f"choose mesh sizes whose product divides {size}"
@@ -168,6 +167,11 @@ def unreduced(x: jax.Array) -> jax.sharding.PartitionSpec | None:
 def names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes that split an axis, by its part of a spec."""
     return (part,) if isinstance(part, str) else part or ()
+
+
+def ways(part: str | tuple[str, ...] | None, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many parts an axis is split on a mesh, by its part of a spec."""
+    return math.prod(mesh.shape[n] for n in names(part))
 
 
 def _without(axes: str | tuple[str, ...], part: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:

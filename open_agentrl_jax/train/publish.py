@@ -134,13 +134,14 @@ def start_replay(params: qwen.Params, model_config: ModelConfig, ids: Sequence[i
     """
     leaf = jax.tree.leaves(params)[0]
     mesh: Any = leaf.sharding.mesh if isinstance(leaf.sharding, jax.sharding.NamedSharding) else None
-    rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]  # as many as the mesh cuts a batch into
-    tokens = np.repeat(np.asarray(ids, np.int32)[None], rows, 0)
+    # As many rows, and as many parts of one, as the mesh cuts a batch into; what fills the last part is seen by none.
+    rows, parts = (1, 1) if mesh is None else (sharding.ways(axes, mesh) for axes in sharding.HIDDEN[:2])
+    tokens = np.repeat(np.pad(np.asarray(ids, np.int32), (0, -len(ids) % parts))[None], rows, 0)
     targets = np.roll(tokens, -1, axis=1)  # here: what lies in parts over seq is not rolled by newer releases of jax
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         placed = (tokens, targets) if mesh is None else jax.device_put((tokens, targets), sharding.TOKENS)
         logprobs = _replay(params, model_config, *placed)
-    return lambda: np.concatenate([[0.0], np.asarray(logprobs)]).astype(np.float32)
+    return lambda: np.concatenate([[0.0], np.asarray(logprobs)])[: len(ids)].astype(np.float32)
 
 
 def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Sequence[int]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from models.rows import packed
 
+from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
@@ -31,11 +32,21 @@ CASES = [
 
 
 def loss(params, config, tokens, positions, segments, targets):
+    """By the chunked head, whose chunks do not divide a part of a row."""
     hidden = qwen.forward(params, config, tokens, positions, segments)
-    logits = qwen.logits(params, config, hidden)
-    targets, segments = (sharding.constrain(x, sharding.P(sharding.BATCH, None)) for x in (targets, segments))
-    mine = jnp.where(targets[..., None] == jnp.arange(config.vocab_size), logits, 0).sum(-1)
-    return jnp.mean((jax.nn.logsumexp(logits, -1) - mine) * (segments > 0))
+    both = token_logprobs(hidden, qwen.unembedding(params, config), targets, temperature=0.7, chunk=5)
+    return sum(jnp.mean(x * (segments > 0)) for x in both)
+
+
+def plain_loss(params, config, tokens, positions, segments, targets):
+    """The same by its formula, on one device."""
+    logp = jax.nn.log_softmax(logits(params, config, tokens, positions, segments) / 0.7)
+    chosen = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    return jnp.mean((chosen - (jnp.exp(logp) * logp).sum(-1)) * (segments > 0))
+
+
+def logits(params, config, tokens, positions, segments):
+    return qwen.logits(params, config, qwen.forward(params, config, tokens, positions, segments))
 
 
 def jitter(params):
@@ -51,13 +62,13 @@ def difference(a, b):
 
 
 def main():
-    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, step = (jax.jit(jax.value_and_grad(f), static_argnums=1) for f in (plain_loss, loss))
     batch = packed(np.random.default_rng(0), 8, 32, 12, vocab=96)
     batch += (np.roll(batch[0], -1, 1),)
     wanted = {}
     for config in (TIED, UNTIED):
         params = jitter(qwen.init(config, 0))
-        wanted[config] = params, *step(params, config, *batch)
+        wanted[config] = params, *plain(params, config, *batch)
     cases = []
     for config, sizes in CASES:
         params, value, gradient = wanted[config]
@@ -75,8 +86,14 @@ def main():
                 "sharded_like_parameters": jax.tree.all(where),
             }
         )
-    made = qwen.init(TIED, 0, make_mesh(1, 2, 2, 2))
-    print(json.dumps({"cases": cases, "init": difference(jitter(jax.device_get(made)), wanted[TIED][0])}))
+    mesh, every = make_mesh(1, 2, 2, 2), jax.jit(logits, static_argnums=1)
+    made = jitter(jax.device_get(qwen.init(TIED, 0, mesh)))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(made, qwen.param_shardings(TIED, mesh))
+        got = every(placed, TIED, *(jax.device_put(x, sharding.TOKENS) for x in batch[:3]))
+    params = wanted[TIED][0]
+    told = {"init": difference(made, params), "logits": difference(got, every(params, TIED, *batch[:3]))}
+    print(json.dumps({"cases": cases, **told}))
 
 
 if __name__ == "__main__":

@@ -47,13 +47,19 @@ def test_collectives_have_kind_axis_bytes_and_number_of_runs():
     }
 
 
+def faults(mesh, at_least, tokens=100):
+    return hlo.all_reduced(hlo.collectives(TEXT, mesh), at_least=at_least, tokens=tokens)
+
+
 def test_a_gradient_that_is_all_reduced_is_found_and_a_norm_is_not():
-    (fault,) = hlo.all_reduced(hlo.collectives(TEXT, MESH), at_least=64 * 16 * 2)
+    (fault,) = faults(MESH, 64 * 16 * 2)
     assert fault.source == "jit(step)/gradient"
     # Over seq it is as wrong: parameters are split over both.
-    assert hlo.all_reduced(hlo.collectives(TEXT, {"data": 1, "fsdp": 1, "seq": 4, "tensor": 2}), at_least=64 * 16 * 2)
+    assert faults({"data": 1, "fsdp": 1, "seq": 4, "tensor": 2}, 64 * 16 * 2)
     # Over data alone it is right: each replica holds the same part of the parameters.
-    assert not hlo.all_reduced(hlo.collectives(TEXT, {"data": 4, "fsdp": 1, "seq": 1, "tensor": 2}), at_least=1000)
+    assert not faults({"data": 4, "fsdp": 1, "seq": 1, "tensor": 2}, 1000)
+    # A number for each of 1,024 tokens would have just these bytes.
+    assert not faults(MESH, 64 * 16 * 2, tokens=64 * 16)
 
 
 def test_small_arrays_in_one_operation_are_no_gradient():
@@ -61,7 +67,8 @@ def test_small_arrays_in_one_operation_are_no_gradient():
     text = TEXT.replace("%ar = f32[64,16]{1,0}", f"%ar = {small}")
     (found,) = [c for c in hlo.collectives(text, MESH) if c.source == "jit(step)/gradient"]
     assert (found.bytes, found.largest) == (2 * 512 * 4 + 4, 512 * 4)
-    assert not hlo.all_reduced([found], at_least=512 * 4 + 1) and hlo.all_reduced([found], at_least=512 * 4)
+    assert not hlo.all_reduced([found], at_least=512 * 4 + 1, tokens=100)
+    assert hlo.all_reduced([found], at_least=512 * 4, tokens=100)
 
 
 def test_bytes_sent_are_those_of_a_ring():
