@@ -45,7 +45,7 @@ BATCH = ("data", "fsdp")  # what the batch is split over
 TOKENS = P(BATCH, "seq")  # [b t]
 ROWS = P(BATCH, "seq", None)  # [b t d] where a product takes it or made it
 HIDDEN = P(BATCH, ("seq", "tensor"), None)  # [b t d] between products: norms and sums are done, and saved, once
-WIDE = P(BATCH, "seq", "tensor")  # [b t f] and [b t v]
+WIDE = P(BATCH, "seq", "tensor")  # [b t f]
 HEADS = P(BATCH, "seq", "tensor", None)  # [b t h D]
 
 

@@ -34,15 +34,15 @@ CASES = [
 def loss(params, config, tokens, positions, segments, targets):
     """By the chunked head, whose chunks do not divide a part of a row."""
     hidden = qwen.forward(params, config, tokens, positions, segments)
-    both = token_logprobs(hidden, qwen.unembedding(params, config), targets, temperature=0.7, chunk=5)
-    return sum(jnp.mean(x * (segments > 0)) for x in both)
+    logp, entropy = token_logprobs(hidden, qwen.unembedding(params, config), targets, temperature=0.7, chunk=5)
+    return jnp.mean((entropy - logp) * (segments > 0))
 
 
 def plain_loss(params, config, tokens, positions, segments, targets):
     """The same by its formula, on one device."""
     logp = jax.nn.log_softmax(logits(params, config, tokens, positions, segments) / 0.7)
     chosen = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
-    return jnp.mean((chosen - (jnp.exp(logp) * logp).sum(-1)) * (segments > 0))
+    return jnp.mean((-(jnp.exp(logp) * logp).sum(-1) - chosen) * (segments > 0))
 
 
 def logits(params, config, tokens, positions, segments):
