@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from open_agentrl_jax.parallel.sharding import constrain, names
+
 
 def token_logprobs(
     hidden: Float[Array, "b t d"],
@@ -60,19 +62,16 @@ def token_logprobs(
         logits = jnp.einsum("pbtd,dv->pbtv", x, head.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
         logp = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], logp, 0).sum(-1)
-        return tuple(x if where is None else jax.reshard(x, where) for x in (chosen, -(jnp.exp(logp) * logp).sum(-1)))
+        return constrain(chosen, where), constrain(-(jnp.exp(logp) * logp).sum(-1), where)
 
     # The head is a constant of the scan: its gradient adds up across slices in its own dtype (fp32), and nothing of its
     # size is saved a slice, as would be the case for a carry.
     def step(_, inputs):
         return None, one_slice(unembedding, *inputs)
 
+    _, (logprobs, entropy) = jax.lax.scan(step, None, (split(hidden), split(constrain(targets, _leading(hidden, 2)))))
     where = _leading(targets, 2)
-    if where is not None:
-        targets = jax.reshard(targets, _leading(hidden, 2))
-    _, both = jax.lax.scan(step, None, (split(hidden), split(targets)))
-    logprobs, entropy = (x if where is None else jax.reshard(x, where) for x in map(join, both))
-    return logprobs, entropy
+    return constrain(join(logprobs), where), constrain(join(entropy), where)
 
 
 def _leading(x: Array, axes: int) -> jax.sharding.PartitionSpec | None:
@@ -87,21 +86,17 @@ def _seen_by_all(x: Array, head: Array) -> Array:
     A gradient of such an `x` is a part of a sum on each device: `reduced=` has it scattered, not summed everywhere.
     TPU compilers do so along a leading axis only, which is why the parts are there.
     """
-    here, split = jax.typeof(x).sharding, _names(jax.typeof(head).sharding.spec.partitions[1])
+    here, split = jax.typeof(x).sharding, names(jax.typeof(head).sharding.spec.partitions[1])
     if here.mesh.empty:
         return x
     parts, *rest = here.spec
-    left = tuple(name for name in _names(parts) if name not in split)
+    left = tuple(name for name in names(parts) if name not in split)
     reduced = frozenset(split if jnp.issubdtype(x.dtype, jnp.floating) else ())
     return jax.reshard(x, jax.P(left or None, *rest, reduced=reduced))
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return axis if isinstance(axis, tuple) else (axis,) if axis else ()
 
 
 def _layout(x: Array) -> tuple[int, int]:
     """Rows of the leading axis that one device holds, and parts that the second is split into (explicit sharding)."""
     sharding = jax.typeof(x).sharding
-    rows, parts = (math.prod(sharding.mesh.shape[n] for n in _names(axis)) for axis in (*sharding.spec, None, None)[:2])
+    rows, parts = (math.prod(sharding.mesh.shape[n] for n in names(axis)) for axis in (*sharding.spec, None, None)[:2])
     return max(1, x.shape[0] // rows), parts

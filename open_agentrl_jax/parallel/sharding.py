@@ -114,7 +114,7 @@ def check_divides(
             )
 
 
-def constrain(x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+def constrain(x: jax.Array, spec: jax.sharding.PartitionSpec | None) -> jax.Array:
     """Move `x` to `spec` on the current mesh; without a mesh, `x`."""
     return x if current_mesh() is None else jax.reshard(x, spec)
 
