@@ -93,11 +93,15 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     return [] if a == b else [f"{prefix.lstrip('.')}: {a!r} there, {b!r} here"]
 
 
+def mesh_of(config: Config) -> jax.sharding.Mesh | None:
+    """The mesh of the config; None on one device, where nothing is ever laid out anew, and less is compiled."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    return None if mesh.size == 1 else mesh
+
+
 def load_policy(config: Config, directory: Path) -> Policy:
     """Loads `model.path`, or creates the `model.new` one under the run directory first."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    if mesh.size == 1:
-        mesh = None  # on one device nothing is ever laid out anew, and less is compiled
+    mesh = mesh_of(config)
     path = Path(config.model.path) if config.model.path else directory / "init"
     if not config.model.path:
         processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))

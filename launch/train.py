@@ -69,6 +69,7 @@ def experiment(config: Config, profile: bool) -> int:
     loop = EventLoop()
     with Screen(quiet=not processes.first()) as screen:
         screen.say(f"run {config.name}: {directory}")
+        assemble.packing(config, 1, assemble.mesh_of(config))  # what the mesh does not divide is told before loading
         policy = assemble.load_policy(config, directory)
         world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(

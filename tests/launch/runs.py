@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests.devices import fake
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "sft.steps": 3,
@@ -30,8 +32,8 @@ def command(name, run_dir, *flags, config="configs/quickstart.py", **overrides):
 
 
 def environment(devices=1):
-    fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", **fake}
+    several = fake(devices) if devices > 1 else {}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", **several}
 
 
 def run(name, run_dir, *flags, config="configs/quickstart.py", devices=1, **overrides):

@@ -26,7 +26,7 @@ def _with_gradients(backend, qkv, weight, segments, positions):
     return o, *gradients
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=9, deadline=None, derandomize=True)
 @given(
     b=st.integers(1, 4),
     t=st.integers(1, 70),

@@ -10,6 +10,7 @@ import numpy as np
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.train import publish
+from tests.devices import fake
 
 from ..models.rows import packed
 from .eight_devices import difference, jitter, loss
@@ -26,12 +27,11 @@ def test_two_processes_load_compute_export_and_publish_as_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     program = pathlib.Path(__file__).with_name("two_processes.py")
     processes = [
         subprocess.Popen(
             [sys.executable, program, str(rank), port, tmp_path],
-            env=os.environ | flags,
+            env=os.environ | fake(2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,6 +15,7 @@ from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import AXES
 from open_agentrl_jax.types import UserError
+from tests.devices import fake
 
 P = jax.P
 
@@ -88,8 +89,7 @@ def test_a_rank_the_table_does_not_have_is_refused():
 
 def test_any_mix_of_axes_gives_the_loss_and_gradients_of_one_device():
     program = pathlib.Path(__file__).with_name("eight_devices.py")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, program], env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, program], env=os.environ | fake(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["cases"]) == 7

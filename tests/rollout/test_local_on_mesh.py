@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.devices import fake
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -18,8 +20,7 @@ def test_any_mesh_generates_what_one_device_does(cases):
     A draw may fall between two probabilities that differ in the last bits; here none does.
     """
     program = [sys.executable, "-m", "tests.rollout.eight_devices", *cases]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(program, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=ROOT, env=os.environ | fake(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     assert len(told) == len(cases)

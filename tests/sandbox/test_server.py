@@ -51,7 +51,7 @@ async def faking(handler):
     application.add_routes(
         [web.post("/run_code", handler), web.get("/v1/ping", lambda _: asyncio.sleep(0, web.json_response("pong")))]
     )
-    runner = web.AppRunner(application)
+    runner = web.AppRunner(application, shutdown_timeout=0.1)  # a handler that hangs is not waited for
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:

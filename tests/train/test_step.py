@@ -20,19 +20,22 @@ from open_agentrl_jax.models import qwen
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.packing import Example, pack
 from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
+from tests.devices import fake
 from tests.train.tiny import MODEL, examples
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+SGD = optax.sgd(1.0)
+sgd_step = functools.cache(functools.partial(make_step, MODEL, SGD))  # compiled once for each shape of a batch
+
+
 def gradient(batch_and_used, objective, **kwargs):
     """The gradient, read off a plain SGD step."""
     params = qwen.init(MODEL, 0)
-    optimizer = optax.sgd(1.0)
-    step = make_step(MODEL, optimizer, objective, **kwargs)
     batch, used = batch_and_used
-    new, metrics = step(
-        states.create(jax.tree.map(jnp.copy, params), optimizer), jax.tree.map(jnp.asarray, batch), np.int32(used)
+    new, metrics = sgd_step(objective, **kwargs)(
+        states.create(jax.tree.map(jnp.copy, params), SGD), jax.tree.map(jnp.asarray, batch), np.int32(used)
     )
     return jax.tree.map(lambda a, b: np.asarray(a - b), params, new.params), metrics
 
@@ -192,8 +195,7 @@ def test_sft_learns_a_sequence():
 def test_an_update_on_any_mesh_is_that_of_one_device():
     """Scores, parameters after AdamW and metrics, for three objectives; each leaf lies where the table says."""
     program = [sys.executable, "-m", "tests.train.eight_devices"]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(program, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=ROOT, env=os.environ | fake(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for case in json.loads(done.stdout):
         assert case["placed"], case
