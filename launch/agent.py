@@ -99,7 +99,7 @@ def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int 
     config = config_of(model)
     config.agent.max_response = max_response or config.agent.max_response
     config.agent.max_turns = max_turns or config.agent.max_turns
-    policy = assemble.load_policy(config, Path(model))
+    policy = assemble.load_policy(config, assemble.open_folder(config, Path(model)))
     context = policy.config.max_position_embeddings
     if config.agent.max_response >= context:
         raise UserError(f"--max_response={config.agent.max_response}: the model's context is {context}; lower it")
@@ -115,4 +115,4 @@ def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int 
     world = open_world(config)
     name = Path(hf.resolve(model)).absolute()
     name = f"{name.parent.name}/{name.name}" if name.name == "export" else name.name
-    return Agent(config, assemble.make_chat(config, policy, world.schemas), engine, world, name), engine
+    return Agent(config, assemble.make_chat(config, policy.tokenizer, world.schemas), engine, world, name), engine

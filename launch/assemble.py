@@ -32,10 +32,19 @@ from open_agentrl_jax.types import Group, Sampling, Task, Trajectory, UserError
 
 
 @dataclasses.dataclass
+class Folder:
+    """Where a model lies, and its tokenizer; its weights are not read yet."""
+
+    path: Path
+    tokenizer_path: Path  # the folder whose tokenizer exports carry
+    tokenizer: Any
+
+
+@dataclasses.dataclass
 class Policy:
     """The model on its mesh, with its tokenizer."""
 
-    tokenizer_path: Path  # the folder whose tokenizer exports carry
+    tokenizer_path: Path
     config: ModelConfig
     params: Any
     mesh: jax.sharding.Mesh | None  # None: one device
@@ -99,31 +108,33 @@ def mesh_of(config: Config) -> jax.sharding.Mesh | None:
     return None if mesh.size == 1 else mesh
 
 
-def load_policy(config: Config, directory: Path) -> Policy:
-    """Loads `model.path`, or creates the `model.new` one under the run directory first."""
-    mesh = mesh_of(config)
+def open_folder(config: Config, directory: Path) -> Folder:
+    """The folder of `model.path`, or of the `model.new` one, created under the run directory first."""
     path = Path(config.model.path) if config.model.path else directory / "init"
     if not config.model.path:
         processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))
-    resolved = hf.resolve(path)
-    if (resolved / "export" / "config.json").exists():
+    if (hf.resolve(path, weights=False) / "export" / "config.json").exists():
         raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
-    source = config.model.tokenizer or str(resolved)
-    tokenizer_path, tokenizer = load_tokenizer(source)
+    return Folder(path, *load_tokenizer(config.model.tokenizer or str(path)))
+
+
+def load_policy(config: Config, folder: Folder) -> Policy:
+    """Reads the weights onto the mesh of the config."""
+    mesh = mesh_of(config)
     dtype = config.model.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if mesh is not None:
         jax.set_mesh(mesh)
-    model_config, params = hf.load_pretrained(resolved, mesh, "float32")
+    model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, "float32")
     how = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
     model_config = dataclasses.replace(model_config, **how)
-    if len(tokenizer) > model_config.vocab_size:
+    if len(folder.tokenizer) > model_config.vocab_size:
         raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {model_config.vocab_size};"
-            " use the tokenizer that belongs to the model"
+            f"{folder.tokenizer_path}: the tokenizer has {len(folder.tokenizer)} tokens, the model's vocab_size is "
+            f"{model_config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Policy(tokenizer_path, model_config, params, mesh, tokenizer)
+    return Policy(folder.tokenizer_path, model_config, params, mesh, folder.tokenizer)
 
 
 def load_tokenizer(source: str) -> tuple[Path, Any]:
@@ -247,9 +258,9 @@ def shortener(chat: Chat, max_tokens: int, behaviour: Behaviour) -> Callable[[st
     return cut
 
 
-def make_chat(config: Config, policy: Policy, schemas: Sequence[dict[str, Any]]) -> Chat:
+def make_chat(config: Config, tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Chat:
     """The tokenizer's template, with the schemas of the tools (see World)."""
-    return Chat(policy.tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
+    return Chat(tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
 
 
 def packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None) -> Packing:

@@ -178,7 +178,7 @@ def figures(asked: dict[str, list[tuple[list[int], int]]], seconds: float, cpu: 
 def throughput(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """The whole path and the bare generator in turn, from an empty cache each time."""
     config = quickstart.get_config()
-    policy = assemble.load_policy(config, folder)
+    policy = assemble.load_policy(config, assemble.open_folder(config, folder))
     rows: dict[str, list[dict]] = {"whole path": [], "bare": []}
     with LaunchedServers(
         folder / "init", options.servers, log_dir=folder, context_length=4096, max_tokens=options.concurrency * 2048

@@ -70,8 +70,8 @@ def policy(wish: Wish) -> Player:
     """Our model on the engine of the config; its finished episodes are remembered."""
     config = wish.config
     config.model.path = wish.model
-    loaded = assemble.load_policy(config, wish.directory)
-    chat = assemble.make_chat(config, loaded, wish.world.schemas)
+    loaded = assemble.load_policy(config, assemble.open_folder(config, wish.directory))
+    chat = assemble.make_chat(config, loaded.tokenizer, wish.world.schemas)
     generation = open_generation(config, loaded, wish.loop, wish.directory)
     try:
         generation.publish(loaded.params, 0)

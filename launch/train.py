@@ -70,7 +70,7 @@ def experiment(config: Config, profile: bool) -> int:
     with Screen(quiet=not processes.first()) as screen:
         screen.say(f"run {config.name}: {directory}")
         assemble.packing(config, 1, assemble.mesh_of(config))  # what the mesh does not divide is told before loading
-        policy = assemble.load_policy(config, directory)
+        folder = assemble.open_folder(config, directory)
         world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(
             directory / "checkpoints",
@@ -79,8 +79,9 @@ def experiment(config: Config, profile: bool) -> int:
             mirror=mirror,
         )
         try:
-            chat = assemble.make_chat(config, policy, processes.share(world.schemas if world else []))
+            chat = assemble.make_chat(config, folder.tokenizer, processes.share(world.schemas if world else []))
             tasks, held_out, conversations = load_data(config, directory, chat, world, loop, screen)
+            policy = assemble.load_policy(config, folder)  # after the data: weights take longest
             sft_steps, rl_steps = updates_of(config, len(conversations), len(tasks))
             rl_updates = rl_steps * config.rl.mini_batches
             restored = checkpoints.restore(
@@ -149,9 +150,6 @@ def load_data(config: Config, directory: Path, chat: Chat, world: World | None, 
     tasks, conversations = Mixture[Task]([], []), Mixture[Any]([], [])
     held_out: list[Task] = []
     notes: list[str] = []
-    if config.data.sft and (config.sft.steps or config.sft.epochs):
-        sandbox: Any = world and world.sandbox
-        conversations = processes.first_then_all(lambda: data.demonstrations(config, directory, sandbox, loop.run))
     if config.data.train and (config.rl.steps or config.rl.epochs):
         tasks, notes = data.training_problems(config, chat)
     if config.data.eval:
@@ -160,6 +158,9 @@ def load_data(config: Config, directory: Path, chat: Chat, world: World | None, 
         data.refuse_overlap(tasks, held_out)
     for note in notes:
         screen.say(note)
+    if config.data.sft and (config.sft.steps or config.sft.epochs):
+        sandbox: Any = world and world.sandbox
+        conversations = processes.first_then_all(lambda: data.demonstrations(config, directory, sandbox, loop.run))
     return tasks, held_out, conversations
 
 

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
+from configs import quickstart
 from launch import assemble, command, report
 from launch.options import Parser
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.types import UserError
 
-from .runs import ROOT, environment
+from .runs import ROOT, environment, run
 
 
 def test_help_lists_the_flags_of_ours_wherever_they_are_defined():
@@ -93,7 +94,16 @@ def test_a_run_given_as_a_model_is_told_of_its_export(tmp_path):
     config = Config(name="x")
     config.model.path = str(tmp_path)
     with pytest.raises(UserError, match=r"a run, not a model; give its .*/export"):
-        assemble.load_policy(config, tmp_path)
+        assemble.open_folder(config, tmp_path)
+
+
+def test_what_is_wrong_with_the_data_is_told_before_weights_are_read(tmp_path):
+    config = quickstart.get_config()
+    config.model.new.num_layers, config.model.new.hidden_size = 1, 32
+    assemble.create_model(config, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    done = run("train", tmp_path / "run", **{"model.path": tmp_path / "model", "data.eval": "nowhere.jsonl"})
+    assert done.returncode == 2 and "nowhere.jsonl" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_tokenizer_of_the_hub_comes_without_weights(monkeypatch):
