@@ -113,9 +113,10 @@ def open_folder(config: Config, directory: Path) -> Folder:
     path = Path(config.model.path) if config.model.path else directory / "init"
     if not config.model.path:
         processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))
-    if (hf.resolve(path, weights=False) / "export" / "config.json").exists():
+    resolved = hf.resolve(path, weights=False)
+    if (resolved / "export" / "config.json").exists():
         raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
-    return Folder(path, *load_tokenizer(config.model.tokenizer or str(path)))
+    return Folder(path, *load_tokenizer(config.model.tokenizer or str(resolved)))
 
 
 def load_policy(config: Config, folder: Folder) -> Policy:
