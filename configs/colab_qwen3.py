@@ -1,4 +1,4 @@
-"""GRPO-TCR on Qwen3-0.6B with GSM8K, for one accelerator of 40 GB: launch/colab_qwen3.ipynb runs it.
+"""GRPO-TCR on Qwen3-0.6B with GSM8K, for one accelerator of 40 GB: launch/notebooks/colab_qwen3.ipynb runs it.
 
     python -m launch.train --config=configs/colab_qwen3.py --config.data.train=gsm8k_train.parquet
 

@@ -6,13 +6,13 @@ import importlib
 import sys
 
 BENCHMARKS = {
-    "train": "launch.benchmark_train",  # an update here, in torch + transformers, and in Tunix, on the same sequences
-    "sandbox": "launch.benchmark_sandbox",  # calls a second, latency and CPU time of the Python tool
-    "rollout": "launch.benchmark_rollout",  # the path around SGLang servers against their own speed; refit; overlap
-    "decode": "launch.benchmark_decode",  # the embedded engine against bandwidth and matmul rate of the machine
-    "memory": "launch.benchmark_memory",  # the chunked head against all logits at once
-    "gpu": "launch.benchmark_gpu",  # attention, products, an update and decoding on an NVIDIA GPU
-    "scaling": "launch.benchmark_scaling",  # an update against length, rows, devices and width
+    "train": "benchmarks.train",  # an update here, in torch + transformers, and in Tunix, on the same sequences
+    "sandbox": "benchmarks.sandbox",  # calls a second, latency and CPU time of the Python tool
+    "rollout": "benchmarks.rollout",  # the path around SGLang servers against their own speed; refit; overlap
+    "decode": "benchmarks.decode",  # the embedded engine against bandwidth and matmul rate of the machine
+    "memory": "benchmarks.memory",  # the chunked head against all logits at once
+    "gpu": "benchmarks.gpu",  # attention, products, an update and decoding on an NVIDIA GPU
+    "scaling": "benchmarks.scaling",  # an update against length, rows, devices and width
 }
 
 

@@ -20,10 +20,11 @@ from absl import flags
 from rich.console import Console
 from rich.syntax import Syntax
 
-from launch import assemble, command
-from launch.agent import Agent, open_agent
-from open_agentrl_jax.agent.streaming import Event, Listener
+from launch import command
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.run.players import seed_of
+from open_agentrl_jax.serve.agent import Agent, open_agent
+from open_agentrl_jax.serve.streaming import Event, Listener
 from open_agentrl_jax.types import Message, Sampling, UserError
 
 MODEL = flags.DEFINE_string("model", "", "a Hugging Face folder, e.g. runs/quickstart/export, or a Hub id")
@@ -86,7 +87,7 @@ def talk(agent: Agent, loop: EventLoop, console: Console) -> None:
         elif name.startswith("/"):
             console.print("/reset  /save FILE  /quit")
         elif said:
-            seed = assemble.seed_of(SEED.value, len(history))
+            seed = seed_of(SEED.value, len(history))
             asked = [*history, Message("user", said)]
             future = loop.submit(agent.answer(asked, dataclasses.replace(sampling, seed=seed), listen))
             try:
@@ -110,10 +111,10 @@ def main() -> int:
     loop = EventLoop()
     try:
         if SERVE.value >= 0:
-            from launch import chat_server
+            from open_agentrl_jax.serve import endpoint
 
-            spec = chat_server.Spec(HOST.value, SERVE.value, os.environ.get("CHAT_TOKEN", ""), TEMPERATURE.value)
-            asyncio.run(chat_server.serve(agent, spec))
+            spec = endpoint.Spec(HOST.value, SERVE.value, os.environ.get("CHAT_TOKEN", ""), TEMPERATURE.value)
+            asyncio.run(endpoint.serve(agent, spec))
         else:
             console.print(f"{agent.name}: /reset, /save FILE, /quit", markup=False, highlight=False)
             talk(agent, loop, console)

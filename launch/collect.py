@@ -18,16 +18,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, data, players
+from launch import command
 from launch.options import define, option
-from launch.world import open_world, reader_of
 from open_agentrl_jax.agent.python_tool import PythonTool
+from open_agentrl_jax.collect import collection, teachers
+from open_agentrl_jax.collect.journal import Journal
+from open_agentrl_jax.collect.stitched import NotStitchable, stitch
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.data import collection
 from open_agentrl_jax.data.conversations import write_conversations
-from open_agentrl_jax.data.journal import Journal
-from open_agentrl_jax.data.stitched import NotStitchable, stitch
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.run import inputs
+from open_agentrl_jax.run.players import play_through
+from open_agentrl_jax.run.world import open_world, reader_of
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Sampling, Task, UserError
 
@@ -97,7 +99,7 @@ def main(config: Config, options: Options) -> int:
 def choose(work: Work, chat: Any) -> list[Task]:
     """The problems to ask, contaminated ones left out before anybody is paid for them."""
     train = work.config.data.train
-    mixture, notes = data.training_problems(work.config, chat)
+    mixture, notes = inputs.training_problems(work.config, chat)
     tasks = list(mixture)[: work.options.limit or None]
     clean = [task for task in tasks if not work.contaminated(collection.problem_of(task))]
     if not clean:
@@ -117,15 +119,15 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
     loop = EventLoop()
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
-        journal = Journal(work.output, "journal", players.settings(config, model, sampling, "collect", url=url))
+        journal = Journal(work.output, "journal", teachers.settings(config, model, sampling, "collect", url=url))
         stack.callback(journal.close)
         world = open_world(config)
         stack.callback(lambda: loop.run(world.close()))
-        wish = players.Wish(config, work.output, loop, world, journal, sampling, "collect", model=model, url=url)
-        teacher = players.TEACHERS[players.kind_of(config, url)](wish)
+        wish = teachers.PlayerSpec(config, work.output, loop, world, journal, sampling, "collect", model=model, url=url)
+        teacher = teachers.TEACHERS[teachers.kind_of(config, url)](wish)
         stack.callback(teacher.close)
         tasks = choose(work, teacher.chat)
-        groups = assemble.play_through(
+        groups = play_through(
             teacher.play,
             tasks,
             options.tries,
@@ -149,7 +151,7 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
 
 def stitched(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
     """The annotated solutions of the problems themselves."""
-    tasks = choose(work, players.Uncounted([PythonTool.schema]))
+    tasks = choose(work, teachers.Uncounted([PythonTool.schema]))
     counts, samples = collections.Counter[str](), []
     for task in tasks:
         try:

@@ -23,15 +23,17 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from launch import assemble, command, gpu_topology, workload
+from launch import command
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.models import qwen, splash, triton
 from open_agentrl_jax.models.attention import pick, row_parts
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.parallel import chips, flops, hlo, sharding
+from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.planning import chips, flops, gpu_topology, hlo, workload
+from open_agentrl_jax.run.policy import choose_packing
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.packing import most_micro_batches
 from open_agentrl_jax.train.step import likelihood, make_step, policy_gradient
@@ -92,7 +94,7 @@ def plan(config: Config, devices: Any, *, layers: int = 0) -> Plan:
     rl, behaviour = config.rl, BEHAVIOURS[config.behaviour]
     reinforced = bool(rl.steps or rl.epochs)
     longest = config.agent.max_prompt + config.agent.max_response if reinforced else config.sft.max_length
-    packing = assemble.packing(config, longest, mesh)
+    packing = choose_packing(config, longest, mesh)
     sequences = rl.prompts // rl.mini_batches * rl.samples if reinforced else config.sft.batch_size
     objective = policy_gradient(rl.loss, width=config.agent.max_response) if reinforced else likelihood
     optimizer = states.make_optimizer(rl.optim if reinforced else config.sft.optim, 1000)

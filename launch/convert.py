@@ -30,11 +30,12 @@ import numpy as np
 from absl import flags
 from orbax.checkpoint import v1 as ocp
 
-from launch import command, hub
+from launch import command
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import DTYPES, ModelConfig
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import path_name
+from open_agentrl_jax.run import hub
 from open_agentrl_jax.types import UserError
 
 KINDS = ("hf", "orbax")

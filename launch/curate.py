@@ -17,16 +17,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import command, data, players
+from launch import command
 from launch.options import define, option
-from launch.world import open_world, reader_of
+from open_agentrl_jax.collect import collection, curation, teachers
+from open_agentrl_jax.collect.curation import PassRate
+from open_agentrl_jax.collect.journal import Journal, Play
+from open_agentrl_jax.collect.picture import bars
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.data import collection, curation
-from open_agentrl_jax.data.curation import PassRate
-from open_agentrl_jax.data.journal import Journal, Play
-from open_agentrl_jax.data.picture import bars
 from open_agentrl_jax.data.prompts import write_tasks
 from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop
+from open_agentrl_jax.run import inputs
+from open_agentrl_jax.run.world import open_world, reader_of
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Sampling, Task, UserError
 
@@ -98,13 +99,15 @@ def main(config: Config, options: Options) -> int:
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(Screen())
         stack.callback(loop.close)
-        journal = Journal(output, "journal", players.settings(config, model, sampling, "curate"))
+        journal = Journal(output, "journal", teachers.settings(config, model, sampling, "curate"))
         stack.callback(journal.close)
         world = open_world(config)
         stack.callback(lambda: loop.run(world.close()))
-        policy = players.policy(players.Wish(config, output, loop, world, journal, sampling, "curate", model=model))
+        policy = teachers.policy(
+            teachers.PlayerSpec(config, output, loop, world, journal, sampling, "curate", model=model)
+        )
         stack.callback(policy.close)
-        mixture, notes = data.training_problems(config, policy.chat)
+        mixture, notes = inputs.training_problems(config, policy.chat)
         read = list(mixture)[: options.limit or None]
         tasks = [task for task in read if not contaminated(collection.problem_of(task))]
         if not tasks:

@@ -18,14 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, data, players
+from launch import command
 from launch.options import define, option
-from launch.world import open_world
+from open_agentrl_jax.collect import teachers
+from open_agentrl_jax.collect.journal import Journal
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.data.journal import Journal
 from open_agentrl_jax.evaluation.compare import accuracies, paired
 from open_agentrl_jax.evaluation.evaluate import livecodebench, per_problem, report
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.run import inputs
+from open_agentrl_jax.run.directory import write_atomically
+from open_agentrl_jax.run.players import play_through
+from open_agentrl_jax.run.world import open_world
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.types import Group, Sampling, UserError
 
@@ -53,20 +57,20 @@ def main(config: Config, options: Options) -> int:
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(Screen())
         stack.callback(loop.close)
-        settings = players.settings(config, model, sampling, "evaluate", tools=options.tools)
+        settings = teachers.settings(config, model, sampling, "evaluate", tools=options.tools)
         journal = Journal(output.parent / "journals", output.stem, settings)
         stack.callback(journal.close)
         world = open_world(config, tools=options.tools)
         stack.callback(lambda: loop.run(world.close()))
-        player = players.policy(
-            players.Wish(config, directory, loop, world, journal, sampling, "evaluate", model=model)
+        player = teachers.policy(
+            teachers.PlayerSpec(config, directory, loop, world, journal, sampling, "evaluate", model=model)
         )
         stack.callback(player.close)
-        found, notes = data.problems(config, config.data.eval, player.chat, evaluation=True)
+        found, notes = inputs.problems(config, config.data.eval, player.chat, evaluation=True)
         tasks = list(found)
         for note in notes:
             screen.say(note)
-        groups = assemble.play_through(
+        groups = play_through(
             player.play,
             tasks,
             config.eval.samples,
@@ -118,9 +122,9 @@ def compare(path: str, other: dict[str, Any], figures: dict[str, Any]) -> dict[s
 def write(output: Path, figures: dict[str, Any], groups: Sequence[Group]) -> None:
     """The JSON, and beside it LiveCodeBench's own where its problems are among them."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    assemble.write_atomically(output, json.dumps(figures, indent=1))
+    write_atomically(output, json.dumps(figures, indent=1))
     if programs := livecodebench(groups):
-        assemble.write_atomically(output.with_suffix(".livecodebench.json"), json.dumps(programs, indent=1))
+        write_atomically(output.with_suffix(".livecodebench.json"), json.dumps(programs, indent=1))
 
 
 def show(screen: Screen, figures: dict[str, Any], other: dict[str, Any] | None) -> None:

@@ -19,9 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import assemble, command, data
-from launch.phases import Parts, run_rl, run_sft
-from launch.world import World, open_world
+from launch import command
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
 from open_agentrl_jax.data.loader import Mixture
@@ -29,6 +27,11 @@ from open_agentrl_jax.models import hf
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.run import inputs
+from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
+from open_agentrl_jax.run.phases import Parts, run_rl, run_sft
+from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
+from open_agentrl_jax.run.world import World, open_world
 from open_agentrl_jax.telemetry.report import write_report
 from open_agentrl_jax.telemetry.screen import Screen, curve
 from open_agentrl_jax.telemetry.writer import Silent, Writer
@@ -46,7 +49,7 @@ def updates_of(config: Config, conversations: int, problems: int) -> tuple[int, 
     return sft_steps, rl.steps or math.ceil(rl.epochs * problems / rl.prompts)
 
 
-def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[], states.TrainState]:
+def abstract(policy: Policy, optim: Optim, updates: int) -> Callable[[], states.TrainState]:
     """What gives a phase's state as shapes and shardings, to restore into."""
 
     return lambda: states.abstract(policy.params, states.make_optimizer(optim, updates), policy.mesh)
@@ -54,7 +57,7 @@ def abstract(policy: assemble.Policy, optim: Optim, updates: int) -> Callable[[]
 
 def main(config: Config, *, profile: bool = False) -> int:
     """Runs, or goes on with, one experiment; with `profile`, two steps of each phase are traced."""
-    with assemble.undone_if_refused(Path(config.directory)):
+    with undone_if_refused(Path(config.directory)):
         return experiment(config, profile)
 
 
@@ -63,14 +66,14 @@ def experiment(config: Config, profile: bool) -> int:
     started = time.monotonic()
     initialize_distributed()
     agreement.agree({"config": to_dict(config), "code": agreement.code_version()})
-    mirror, directory = processes.first_then_all(lambda: (open_mirror(config), assemble.claim_directory(config)))
+    mirror, directory = processes.first_then_all(lambda: (open_mirror(config), claim_directory(config)))
     stopper = Stopper(processes.any_of)
     stopper.install()
     loop = EventLoop()
     with Screen(quiet=not processes.first()) as screen:
         screen.say(f"run {config.name}: {directory}")
-        assemble.packing(config, 1, assemble.mesh_of(config))  # what the mesh does not divide is told before loading
-        folder = assemble.open_folder(config, directory)
+        choose_packing(config, 1, mesh_of(config))  # what the mesh does not divide is told before loading
+        folder = open_folder(config, directory)
         world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(
             directory / "checkpoints",
@@ -79,9 +82,9 @@ def experiment(config: Config, profile: bool) -> int:
             mirror=mirror,
         )
         try:
-            chat = assemble.make_chat(config, folder.tokenizer, processes.share(world.schemas if world else []))
+            chat = make_chat(config, folder.tokenizer, processes.share(world.schemas if world else []))
             tasks, held_out, conversations = load_data(config, directory, chat, world, loop, screen)
-            policy = assemble.load_policy(config, folder)  # after the data: weights take longest
+            policy = load_policy(config, folder)  # after the data: weights take longest
             sft_steps, rl_steps = updates_of(config, len(conversations), len(tasks))
             rl_updates = rl_steps * config.rl.mini_batches
             restored = checkpoints.restore(
@@ -151,16 +154,16 @@ def load_data(config: Config, directory: Path, chat: Chat, world: World | None, 
     held_out: list[Task] = []
     notes: list[str] = []
     if config.data.train and (config.rl.steps or config.rl.epochs):
-        tasks, notes = data.training_problems(config, chat)
+        tasks, notes = inputs.training_problems(config, chat)
     if config.data.eval:
-        found, more = data.problems(config, config.data.eval, chat, evaluation=True)
+        found, more = inputs.problems(config, config.data.eval, chat, evaluation=True)
         held_out, notes = list(found), notes + more
-        data.refuse_overlap(tasks, held_out)
+        inputs.refuse_overlap(tasks, held_out)
     for note in notes:
         screen.say(note)
     if config.data.sft and (config.sft.steps or config.sft.epochs):
         sandbox: Any = world and world.sandbox
-        conversations = processes.first_then_all(lambda: data.demonstrations(config, directory, sandbox, loop.run))
+        conversations = processes.first_then_all(lambda: inputs.demonstrations(config, directory, sandbox, loop.run))
     return tasks, held_out, conversations
 
 

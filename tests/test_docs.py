@@ -93,15 +93,15 @@ def test_documented_commands_are_understood():
 # What a documented command looks like -> the test that runs it, smaller. The first pattern found counts.
 RUN_BY = (
     (r"launch\.\w+ \S*gsm8k_chain", "tests/launch/test_chain.py"),
-    (r"launch\.benchmark sandbox --url", "tests/launch/test_benchmarks.py"),
-    (r"launch\.benchmark (decode|memory|sandbox|scaling|train)\b", "tests/launch/test_benchmarks.py"),
+    (r"launch\.benchmark sandbox --url", "tests/benchmarks/test_benchmarks.py"),
+    (r"launch\.benchmark (decode|memory|sandbox|scaling|train)\b", "tests/benchmarks/test_benchmarks.py"),
     (r"launch\.benchmark rollout", "tests/rollout/test_benchmark_rollout.py"),
-    (r"launch\.benchmark gpu", "tests/launch/test_benchmark_gpu.py"),  # part by part, on a CPU
-    (r"launch\.chat", "tests/launch/test_chat.py"),
-    (r"launch\.collect", "tests/launch/test_collect.py"),
+    (r"launch\.benchmark gpu", "tests/benchmarks/test_gpu.py"),  # part by part, on a CPU
+    (r"launch\.chat", "tests/serve/test_chat.py"),
+    (r"launch\.collect", "tests/collect/test_collect.py"),
     (r"launch\.compile", "tests/launch/test_compile.py"),
     (r"launch\.convert", "tests/launch/test_convert.py"),
-    (r"launch\.curate", "tests/launch/test_curate.py"),
+    (r"launch\.curate", "tests/collect/test_curate.py"),
     (r"launch\.evaluate", "tests/launch/test_evaluate.py"),
     (r"launch\.report", "tests/telemetry/test_report.py"),
     (r"launch\.sandbox", "tests/sandbox/test_server.py"),

@@ -11,8 +11,7 @@ from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.data.prompts import read_tasks, write_tasks
 from open_agentrl_jax.types import Message, Sampling, Task, UserError
-
-from .test_streaming import Continuing
+from tests.serve.test_streaming import Continuing
 
 vf = pytest.importorskip("verifiers.v1", reason="the extra [verifiers]")
 from open_agentrl_jax.agent.verifiers_environment import Verifiers, problems  # noqa: E402

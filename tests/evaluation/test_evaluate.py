@@ -1,6 +1,6 @@
 """The figures of an evaluation, from trajectories by hand."""
 
-from open_agentrl_jax.data.journal import tokenless
+from open_agentrl_jax.collect.journal import tokenless
 from open_agentrl_jax.evaluation.evaluate import livecodebench, per_problem, report
 from open_agentrl_jax.types import Group, Task
 

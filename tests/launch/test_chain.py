@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from configs import gsm8k_chain
-from launch import assemble
 from open_agentrl_jax.data.conversations import read_conversations
 from open_agentrl_jax.data.prompts import read_tasks
 from open_agentrl_jax.data.rows import read_table
+from open_agentrl_jax.run.policy import create_model
 from tests.launch.runs import ROOT, environment, lines
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -40,7 +40,7 @@ def run_commands(root):
         (root / f"{name}.jsonl").write_text("".join(part))
     config = gsm8k_chain.get_config()
     config.model.new.hidden_size, config.model.new.num_layers = 64, 2
-    assemble.create_model(config, root / "model")
+    create_model(config, root / "model")
     tiny = {
         "model.path": root / "model", "data.train": root / "train.jsonl", "data.eval": f"gsm8k={root / 'test.jsonl'}",
         "sft.steps": 50, "sft.batch_size": 8, "sft.optim.lr": 5e-3, "rl.steps": 2, "rl.prompts": 4, "rl.samples": 4,

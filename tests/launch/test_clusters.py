@@ -14,7 +14,7 @@ import pytest
 from .runs import ROOT
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML (transformers brings it)")
-SCRIPTS = ("launch/tpu_vm.sh", "launch/slurm.sh")
+SCRIPTS = ("launch/clusters/tpu_vm.sh", "launch/clusters/slurm.sh")
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(pathlib.Path(sys.executable).parent))
 
 
@@ -34,20 +34,26 @@ def test_shellcheck_has_nothing_to_say(script):
 
 def test_a_tpu_vm_from_nothing_to_nothing():
     common = {"TPU_NAME": "mine", "ZONE": "here"}
-    status, out, _ = dry("launch/tpu_vm.sh", "--dry-run", "create", ACCELERATOR="v5litepod-4", SPOT="1", **common)
+    status, out, _ = dry(
+        "launch/clusters/tpu_vm.sh", "--dry-run", "create", ACCELERATOR="v5litepod-4", SPOT="1", **common
+    )
     words = shlex.split(out)
     assert status == 0 and words[:7] == ["+", "gcloud", "compute", "tpus", "tpu-vm", "create", "mine"]
     assert {"--zone=here", "--accelerator-type=v5litepod-4", "--spot"} <= set(words)
-    status, out, _ = dry("launch/tpu_vm.sh", "--dry-run", "run", "--config=configs/qwen3_4b_grpo_tcr.py", **common)
+    status, out, _ = dry(
+        "launch/clusters/tpu_vm.sh", "--dry-run", "run", "--config=configs/qwen3_4b_grpo_tcr.py", **common
+    )
     (command,) = (word for word in shlex.split(out) if word.startswith("--command="))
     assert "python -m launch.train --config=configs/qwen3_4b_grpo_tcr.py" in command and "--worker=all" in out
-    status, out, _ = dry("launch/tpu_vm.sh", "--dry-run", "install", REPOSITORY="https://x/y.git", BUCKET="gs://b")
+    status, out, _ = dry(
+        "launch/clusters/tpu_vm.sh", "--dry-run", "install", REPOSITORY="https://x/y.git", BUCKET="gs://b"
+    )
     (command,) = (word for word in shlex.split(out) if word.startswith("--command="))
     assert status == 0 and "git clone -q https://x/y.git" in command and "gcsfuse --implicit-dirs b bucket" in command
     inner = command.removeprefix("--command=")
     assert subprocess.run(["bash", "-n", "-c", inner], capture_output=True).returncode == 0
     for action in ("stop", "logs", "status", "delete"):
-        assert dry("launch/tpu_vm.sh", "--dry-run", action)[0] == 0
+        assert dry("launch/clusters/tpu_vm.sh", "--dry-run", action)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -59,27 +65,27 @@ def test_a_tpu_vm_from_nothing_to_nothing():
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    status, _, error = dry("launch/tpu_vm.sh", *arguments, REPOSITORY="")
+    status, _, error = dry("launch/clusters/tpu_vm.sh", *arguments, REPOSITORY="")
     assert status == 2 and message in error and error.count("\n") == 1
 
 
 def test_slurm_submits_itself():
     flags = ["--config=configs/qwen3_4b_grpo_tcr.py", "--config.name=a b"]
-    status, out, _ = dry("launch/slurm.sh", "--dry-run", *flags, NODES="2", PARTITION="gpu")
+    status, out, _ = dry("launch/clusters/slurm.sh", "--dry-run", *flags, NODES="2", PARTITION="gpu")
     words = shlex.split(out)
     assert status == 0 and words[0] == "sbatch" and {"--nodes=2", "--partition=gpu", "--requeue"} <= set(words)
-    assert "--signal=TERM@120" in words and words[-4:] == ["launch/slurm.sh", "--inside", *flags]
+    assert "--signal=TERM@120" in words and words[-4:] == ["launch/clusters/slurm.sh", "--inside", *flags]
     if shutil.which("sbatch") is None:
-        status, _, error = dry("launch/slurm.sh", *flags)
+        status, _, error = dry("launch/clusters/slurm.sh", *flags)
         assert status == 2 and error.startswith("error: sbatch is not there") and error.count("\n") == 1
 
 
 def commands():
-    jobset = yaml.safe_load((ROOT / "launch/gke_jobset.yaml").read_text())
+    jobset = yaml.safe_load((ROOT / "launch/clusters/gke_jobset.yaml").read_text())
     (job,) = jobset["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     yield container["command"]
-    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    sky = yaml.safe_load((ROOT / "launch/clusters/skypilot.yaml").read_text())
     yield shlex.split(sky["run"].rpartition(".venv/bin/")[2].replace("\\\n", " "))
 
 
@@ -97,7 +103,7 @@ def test_every_file_starts_a_command_and_a_config_that_exist():
 
 
 def test_the_jobset_has_the_hosts_of_its_topology():
-    jobset = yaml.safe_load((ROOT / "launch/gke_jobset.yaml").read_text())
+    jobset = yaml.safe_load((ROOT / "launch/clusters/gke_jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
@@ -111,7 +117,7 @@ def test_the_jobset_has_the_hosts_of_its_topology():
 
 
 def test_skypilot_names_what_it_uses():
-    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    sky = yaml.safe_load((ROOT / "launch/clusters/skypilot.yaml").read_text())
     assert set(sky) == {"name", "num_nodes", "workdir", "resources", "file_mounts", "setup", "run"}
     assert all(command.startswith("/") for command in sky["file_mounts"])
     for text in (sky["setup"], sky["run"]):

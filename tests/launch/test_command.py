@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from configs import quickstart
-from launch import assemble, command, report
+from launch import command, report
 from launch.options import Parser
 from open_agentrl_jax.config import Config
+from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
+from open_agentrl_jax.run.policy import create_model, load_tokenizer, open_folder
 from open_agentrl_jax.types import UserError
 
 from .runs import ROOT, environment, run
@@ -72,18 +74,18 @@ def test_a_refused_first_command_leaves_the_directory_unclaimed(tmp_path):
     config = Config(name="x", run_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "sft.parquet").touch()  # the user's
-    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "run"):
-        (assemble.claim_directory(config) / "init").mkdir()
+    with pytest.raises(UserError, match="mistake"), undone_if_refused(tmp_path / "run"):
+        (claim_directory(config) / "init").mkdir()
         raise UserError("a mistake")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["sft.parquet"]
     config.seed = 1
-    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "run"):
-        (assemble.claim_directory(config) / "metrics.jsonl").touch()  # it has begun
+    with pytest.raises(UserError, match="mistake"), undone_if_refused(tmp_path / "run"):
+        (claim_directory(config) / "metrics.jsonl").touch()  # it has begun
         raise UserError("a mistake")
     assert (tmp_path / "run" / "config.json").exists()
-    with pytest.raises(UserError, match="mistake"), assemble.undone_if_refused(tmp_path / "new"):
+    with pytest.raises(UserError, match="mistake"), undone_if_refused(tmp_path / "new"):
         config.run_dir = str(tmp_path / "new")
-        (assemble.claim_directory(config) / "checkpoints").mkdir()
+        (claim_directory(config) / "checkpoints").mkdir()
         raise UserError("a mistake")
     assert not (tmp_path / "new").exists()
 
@@ -94,13 +96,13 @@ def test_a_run_given_as_a_model_is_told_of_its_export(tmp_path):
     config = Config(name="x")
     config.model.path = str(tmp_path)
     with pytest.raises(UserError, match=r"a run, not a model; give its .*/export"):
-        assemble.open_folder(config, tmp_path)
+        open_folder(config, tmp_path)
 
 
 def test_what_is_wrong_with_the_data_is_told_before_weights_are_read(tmp_path):
     config = quickstart.get_config()
     config.model.new.num_layers, config.model.new.hidden_size = 1, 32
-    assemble.create_model(config, tmp_path / "model")
+    create_model(config, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     done = run("train", tmp_path / "run", **{"model.path": tmp_path / "model", "data.eval": "nowhere.jsonl"})
     assert done.returncode == 2 and "nowhere.jsonl" in done.stderr.strip().splitlines()[-1]
@@ -117,7 +119,7 @@ def test_a_tokenizer_of_the_hub_comes_without_weights(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(UserError, match="the Hub gave none"):
-        assemble.load_tokenizer("Qwen/Qwen3-4B")
+        load_tokenizer("Qwen/Qwen3-4B")
     assert asked == [["*.json", "*.txt", "*.jinja"]]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs.qwen3_4b_grpo_tcr import get_config
 from launch import compile as module
-from launch import workload
+from open_agentrl_jax.planning import workload
 from open_agentrl_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

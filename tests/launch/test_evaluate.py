@@ -5,8 +5,10 @@ import json
 import pytest
 
 from configs import quickstart
-from launch import assemble, evaluate
-from open_agentrl_jax.data.journal import tokenless
+from launch import evaluate
+from open_agentrl_jax.collect.journal import tokenless
+from open_agentrl_jax.run.players import Player
+from open_agentrl_jax.run.policy import create_model
 from open_agentrl_jax.types import Group, Task, UserError
 from tests.launch.runs import ROOT
 
@@ -17,7 +19,7 @@ PROBLEMS = ROOT / "tests" / "launch" / "problems.jsonl"
 def model(tmp_path_factory):
     config = tiny()
     path = tmp_path_factory.mktemp("model") / "export"
-    assemble.create_model(config, path)
+    create_model(config, path)
     return path
 
 
@@ -49,13 +51,13 @@ def test_a_run_its_resumption_and_its_comparison(model, tmp_path, monkeypatch, c
     (journal,) = (tmp_path / "journals").iterdir()
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:4]) + lines[4][:20])
-    played, play = [], assemble.Player.__call__
+    played, play = [], Player.__call__
 
     async def counted(self, task, *, position, sample, attempt):
         played.append(sample)
         return await play(self, task, position=position, sample=sample, attempt=attempt)
 
-    monkeypatch.setattr(assemble.Player, "__call__", counted)
+    monkeypatch.setattr(Player, "__call__", counted)
     again = figures(model, tmp_path / "agentic.json", data)
     assert len(played) == 3 and again == agentic
     assert "3 of 6 episodes were there already" in capsys.readouterr().out

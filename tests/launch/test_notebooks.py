@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from launch import assemble
 from open_agentrl_jax.config import Config, NewModel
+from open_agentrl_jax.run.policy import create_model
 
 from .runs import ROOT, TINY, lines
 from .test_gsm8k import SAMPLE
@@ -62,7 +62,7 @@ def test_the_quickstart_notebook(tmp_path):
 def test_the_qwen3_notebook(tmp_path):
     model = Config()
     model.model.new = NewModel(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
-    assemble.create_model(model, tmp_path / "model")
+    create_model(model, tmp_path / "model")
     rows = SAMPLE.read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(rows[:8]))
     (tmp_path / "eval.jsonl").write_text("\n".join(rows[8:]))

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from configs import quickstart
-from launch import assemble, collect
+from launch import collect
 from open_agentrl_jax.rollout.servers import LaunchedServers
+from open_agentrl_jax.run.policy import create_model
 from open_agentrl_jax.types import UserError
 from tests.launch.runs import ROOT
 
@@ -18,7 +19,7 @@ def test_servers_teach_with_the_weights_they_were_started_with(tmp_path):
     config.data.train, config.data.eval, config.packing.length = str(ROOT / "tests/launch/problems.jsonl"), "", 0
     config.agent.max_prompt, config.agent.max_response, config.rollout.engine = 512, 32, "sglang"
     config.model.new.hidden_size, config.model.new.head_dim, config.model.new.num_layers = 64, 16, 2
-    assemble.create_model(config, tmp_path / "teacher")
+    create_model(config, tmp_path / "teacher")
     options = collect.Options(teacher=str(tmp_path / "teacher"), tries=2, output=str(tmp_path / "out"))
     with LaunchedServers(tmp_path / "teacher", 1, log_dir=tmp_path / "logs", context_length=1024) as servers:
         servers.wait()

@@ -1,0 +1,148 @@
+"""How the cost of an update grows: seconds and bytes a device, against one thing at a time.
+
+    python -m launch.benchmark scaling --picture=docs/scaling.svg
+
+The model is that of `launch.benchmark train` (Qwen3, 4 layers, width 128, vocabulary 512, float32) with full
+rematerialisation; the base is 8 rows of 512 tokens, one sequence a row, on one device. Devices are fake ones, parts of
+the same processor: their number changes the bytes of each and what travels, not how fast the machine is. Bytes are
+those of the compiled program: state and batch, and XLA's temporaries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from launch.options import Parser
+
+FAKE = 8  # devices there are
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One update that is measured."""
+
+    length: int = 512  # tokens of a row, all of one sequence
+    rows: int = 8
+    fsdp: int = 1
+    width: int = 128  # of the model; 3 times as many hidden units
+
+
+SWEEPS = {
+    "length": ("tokens of a row, 1 row", [Point(length=n, rows=1) for n in (512, 1024, 2048, 4096, 8192)]),
+    "rows": ("rows of 512 tokens", [Point(rows=n) for n in (1, 2, 4, 8, 16)]),
+    "fsdp": ("devices, 8 rows of 512 in all", [Point(fsdp=n) for n in (1, 2, 4, 8)]),
+    "width": ("width of the model, 8 rows of 512", [Point(width=n) for n in (64, 128, 256, 512)]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What an update takes."""
+
+    seconds: float  # median
+    arguments: int  # bytes a device
+    temporary: int  # bytes a device
+
+    @property
+    def bytes(self) -> int:
+        """State, batch and temporaries of one device."""
+        return self.arguments + self.temporary
+
+
+def measure(point: Point, rounds: int) -> Cost:
+    """Compiles the update of a point and runs it."""
+    import jax
+    import numpy as np
+
+    from benchmarks.train import MODEL
+    from open_agentrl_jax.config import Optim
+    from open_agentrl_jax.models import qwen
+    from open_agentrl_jax.models.config import ModelConfig
+    from open_agentrl_jax.parallel.mesh import make_mesh
+    from open_agentrl_jax.parallel.sharding import P, placer
+    from open_agentrl_jax.train import state as states
+    from open_agentrl_jax.train.packing import Example, pack
+    from open_agentrl_jax.train.step import likelihood, make_step
+
+    shape: dict[str, Any] = MODEL | {"hidden_size": point.width, "num_heads": point.width // 32}
+    model = ModelConfig("qwen3", intermediate_size=3 * point.width, tie_word_embeddings=True, remat="full", **shape)
+    optimizer = states.make_optimizer(Optim(), 1000)
+    mesh = make_mesh(fsdp=point.fsdp, devices=jax.devices()[: point.fsdp])
+    ids = np.random.default_rng(0).integers(1, model.vocab_size, (point.rows, point.length + 1), np.int32)
+    batch, used = pack([Example(row, np.ones(len(row), bool)) for row in ids], rows=point.rows, length=point.length)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda p: states.create(p, optimizer))(qwen.init(model, 0, mesh))
+        arguments = placer(mesh)(batch), jax.device_put(np.int32(used), jax.NamedSharding(mesh, P()))
+        program = make_step(model, optimizer, likelihood).lower(state, *arguments).compile()
+        took = []
+        for _ in range(rounds + 1):
+            started = time.perf_counter()
+            state, _ = jax.block_until_ready(program(state, *arguments))
+            took.append(time.perf_counter() - started)
+    memory = program.memory_analysis()
+    return Cost(statistics.median(took[1:]), memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+
+
+def picture(sweeps: dict[str, tuple[str, list[int], list[Cost]]]) -> str:
+    """One panel a sweep, both axes logarithmic: seconds and bytes a device, each against its first point (SVG)."""
+    wide, high, edge = 300, 210, 36
+    parts = []
+    for i, (title, places, costs) in enumerate(sweeps.values()):
+        series = {"seconds": [c.seconds for c in costs], "bytes a device": [c.bytes for c in costs]}
+        relative = {name: [value / values[0] for value in values] for name, values in series.items()}
+        low = math.log2(min(min(values) for values in relative.values()))
+        span = math.log2(max(max(values) for values in relative.values())) - low or 1.0
+        left, top = wide * (i % 2), high * (i // 2)
+        steps = math.log2(places[-1] / places[0])
+
+        def at(place: int, value: float, *, places=places, left=left, top=top, low=low, span=span, steps=steps) -> str:
+            x = left + edge + (wide - 2 * edge) * math.log2(place / places[0]) / steps
+            return f"{x:.1f},{top + high - edge - (high - 2.2 * edge) * (math.log2(value) - low) / span:.1f}"
+
+        parts.append(f'<text x="{left + edge}" y="{top + 18}" font-size="12">{escape(title)}</text>')
+        legend = ""
+        for (name, values), colour in zip(relative.items(), ("#1f77b4", "#d62728"), strict=True):
+            line = " ".join(at(place, value) for place, value in zip(places, values, strict=True))
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            legend += f'<tspan fill="{colour}">{name} x {values[-1]:.2g}</tspan> &#160; '
+        parts.append(f'<text x="{left + edge}" y="{top + 32}">{legend}</text>')
+        for place in places:
+            x = at(place, 2**low).split(",")[0]
+            parts.append(f'<text x="{x}" y="{top + high - 16}" text-anchor="middle">{place}</text>')
+    body, size = "\n".join(parts), f"{2 * wide} {high * math.ceil(len(sweeps) / 2)}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="sans-serif" font-size="10">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """The command."""
+    parser = Parser(prog="launch.benchmark scaling")
+    parser.add_argument("--sweeps", default=",".join(SWEEPS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--picture", default="", help="also draw it: an SVG file")
+    options = parser.parse_args(arguments)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FAKE}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    print("| against | | seconds | tokens/s | state and batch, MB | temporaries, MB |\n|---|---|---|---|---|---|")
+    drawn = {}
+    for name in options.sweeps.split(","):
+        title, points = SWEEPS[name]
+        places = [getattr(point, name) for point in points]
+        costs = []
+        for place, point in zip(places, points, strict=True):
+            costs.append(cost := measure(point, options.rounds))
+            rate = point.rows * point.length / cost.seconds
+            sizes = f"{cost.arguments / 1e6:.1f} | {cost.temporary / 1e6:.1f}"
+            print(f"| {title} | {place} | {cost.seconds:.3f} | {rate:.0f} | {sizes} |", flush=True)
+        drawn[name] = title, places, costs
+    if options.picture:
+        Path(options.picture).write_text(picture(drawn))

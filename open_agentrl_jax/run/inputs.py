@@ -1,0 +1,140 @@
+"""What a run reads, as its config names it: problems to train on, held-out problems, SFT conversations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from open_agentrl_jax.agent.chat import Chat
+from open_agentrl_jax.agent.python_tool import PythonTool
+from open_agentrl_jax.behaviour import BEHAVIOURS
+from open_agentrl_jax.config import Config
+from open_agentrl_jax.data import synthetic
+from open_agentrl_jax.data.benchmarks import read_problems
+from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
+from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
+from open_agentrl_jax.run.world import reader_of
+from open_agentrl_jax.sandbox.client import Sandbox
+from open_agentrl_jax.train.packing import Example
+from open_agentrl_jax.train.sft import example
+from open_agentrl_jax.types import Task, UserError
+
+
+def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[Subset[Task], list[str]]:
+    """The problems of a file, or generated ones, that fit the prompt budget; and what was left out, in words."""
+    tasks: Source[Task]
+    if path == "arithmetic":
+        count = synthetic.EVAL_PROBLEMS if evaluation else synthetic.TRAIN_PROBLEMS
+        # Held-out problems are the same for every seed, so that runs compare.
+        tasks, notes = synthetic.problems(0 if evaluation else config.seed, count, evaluation=evaluation), []
+    else:
+        # The prompts speak of a Python tool, and of no other: what else may be called its schema tells.
+        python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
+        how: dict[str, Any] = {"format": reader_of(config), "tools": python}
+        if config.data.data_dir:
+            from open_agentrl_jax.data.builders import prepare_tasks  # imported late: TFDS takes a second
+
+            table = prepare_tasks(path, config.data.data_dir, evaluation=evaluation, **how)
+        else:
+            table = read_problems(path, **how)
+        tasks, notes = table, []
+        if table.skipped:
+            notes.append(f"{path}: skipped {len(table.skipped)} rows, e.g. {table.skipped[0]}")
+    count = min(len(tasks), (evaluation and config.data.eval_limit) or len(tasks))
+    fitting = [i for i in range(count) if len(chat.prompt(tasks[i].messages)) <= config.agent.max_prompt]
+    if len(fitting) < count:
+        notes.append(
+            f"{path}: dropped {count - len(fitting)} of {count} problems, longer with the tool's schema than "
+            f"agent.max_prompt={config.agent.max_prompt}"
+        )
+    if not fitting:
+        raise UserError(f"{path}: no problem fits agent.max_prompt={config.agent.max_prompt} tokens; raise it")
+    return Subset(tasks, fitting), notes
+
+
+def training_problems(config: Config, chat: Chat) -> tuple[Mixture[Task], list[str]]:
+    """The problems of `data.train`, source by source; and what was left out, in words."""
+    notes: list[str] = []
+
+    def read(path: str) -> Subset[Task]:
+        found, more = problems(config, path, chat, evaluation=False)
+        notes.extend(more)
+        return found
+
+    return read_mixture("data.train", config.data.train, read), notes
+
+
+def refuse_overlap(train: Iterable[Task], held_out: Iterable[Task]) -> None:
+    """Evaluation problems must not be trained on.
+
+    Raises:
+        UserError: a problem is in both.
+    """
+
+    def text(task: Task) -> str:
+        return " ".join(str(task.extra.get("problem") or task.messages[-1].content).split())
+
+    seen = {text(task): task.id for task in train}
+    for task in held_out:
+        if (twin := seen.get(text(task))) is not None:
+            raise UserError(f"data.eval: problem {task.id} is also in data.train (as {twin}); use disjoint files")
+
+
+def demonstrations(
+    config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]
+) -> Mixture[Conversation]:
+    """The SFT conversations of `data.sft`, source by source; `arithmetic` is generated once into the run directory."""
+
+    def read(path: str) -> Source[Conversation]:
+        if path == "arithmetic":
+            return read_conversations(generated_demonstrations(config, directory, sandbox, run))
+        if config.data.data_dir:
+            from open_agentrl_jax.data.builders import prepare_conversations  # imported late, as above
+
+            return prepare_conversations(path, config.data.data_dir)
+        return read_conversations(path)
+
+    return read_mixture("data.sft", config.data.sft, read)
+
+
+def generated_demonstrations(config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]) -> Path:
+    """The file of the quickstart's demonstrations, made where it is not there yet."""
+    path = directory / "sft.parquet"
+    if not path.exists():
+        tool = PythonTool(sandbox)
+
+        async def output(call: Any) -> str:
+            result = await tool(call)
+            if result.status == "infrastructure":
+                raise UserError(f"the sandbox failed while demonstrations were made: {result.text}")
+            return result.text
+
+        made = run(synthetic.demonstrations(config.seed, synthetic.DEMONSTRATIONS, output))
+        conversations = [
+            Conversation(f"arithmetic/{i}", messages, [PythonTool.schema], "arithmetic")
+            for i, messages in enumerate(made)
+        ]
+        temporary = path.with_name("sft.writing.parquet")
+        write_conversations(temporary, conversations)
+        os.replace(temporary, path)
+    return path
+
+
+def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversation]) -> list[Example]:
+    """Conversations as masked token sequences."""
+    shifted = BEHAVIOURS[config.behaviour].sft_mask_shifted
+    made = []
+    for conversation in conversations:
+        try:
+            ids, mask = chat.conversation(conversation.messages)
+        except ValueError as error:
+            cure = "see the tokenizer's chat template"
+            raise UserError(f"data.sft: conversation {conversation.id}: {error}; {cure}") from error
+        one = example(ids, mask, max_length=config.sft.max_length, mask_shifted=shifted)
+        if one.mask.any():
+            made.append(one)
+    if not made:
+        raise UserError("data.sft: no conversation has an assistant token within sft.max_length; raise it")
+    return made

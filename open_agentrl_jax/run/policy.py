@@ -1,0 +1,128 @@
+"""The policy of a run: its model folder, weights on the mesh, tokenizer, chat template and packing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from open_agentrl_jax.agent.chat import Chat
+from open_agentrl_jax.behaviour import BEHAVIOURS
+from open_agentrl_jax.config import Config, Packing
+from open_agentrl_jax.data import synthetic
+from open_agentrl_jax.models import hf, qwen
+from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.parallel import processes, sharding
+from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.types import UserError
+
+
+@dataclasses.dataclass
+class Folder:
+    """Where a model lies, and its tokenizer; its weights are not read yet."""
+
+    path: Path
+    tokenizer_path: Path  # the folder whose tokenizer exports carry
+    tokenizer: Any
+
+
+@dataclasses.dataclass
+class Policy:
+    """The model on its mesh, with its tokenizer."""
+
+    tokenizer_path: Path
+    config: ModelConfig
+    params: Any
+    mesh: jax.sharding.Mesh | None  # None: one device
+    tokenizer: Any
+
+
+def mesh_of(config: Config) -> jax.sharding.Mesh | None:
+    """The mesh of the config; None on one device, where nothing is ever laid out anew, and less is compiled."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    return None if mesh.size == 1 else mesh
+
+
+def open_folder(config: Config, directory: Path) -> Folder:
+    """The folder of `model.path`, or of the `model.new` one, created under the run directory first."""
+    path = Path(config.model.path) if config.model.path else directory / "init"
+    if not config.model.path:
+        processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))
+    resolved = hf.resolve(path, weights=False)
+    if (resolved / "export" / "config.json").exists():
+        raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
+    return Folder(path, *load_tokenizer(config.model.tokenizer or str(resolved)))
+
+
+def load_policy(config: Config, folder: Folder) -> Policy:
+    """Reads the weights onto the mesh of the config."""
+    mesh = mesh_of(config)
+    dtype = config.model.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if mesh is not None:
+        jax.set_mesh(mesh)
+    model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, "float32")
+    how = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
+    model_config = dataclasses.replace(model_config, **how)
+    if len(folder.tokenizer) > model_config.vocab_size:
+        raise UserError(
+            f"{folder.tokenizer_path}: the tokenizer has {len(folder.tokenizer)} tokens, the model's vocab_size is "
+            f"{model_config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return Policy(folder.tokenizer_path, model_config, params, mesh, folder.tokenizer)
+
+
+def load_tokenizer(source: str) -> tuple[Path, Any]:
+    """The tokenizer of a folder or Hub id, and the folder that its files lie in; weights beside it are not fetched."""
+    from transformers import AutoTokenizer
+
+    folder = hf.resolve(source, weights=False)
+    try:
+        return folder, AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"model.tokenizer={source}: {' '.join(str(error).split())[:300]}") from error
+
+
+def create_model(config: Config, path: Path) -> None:
+    """Writes a seed-initialised model, with its tokenizer, as a Hugging Face folder."""
+    new = config.model.new
+    if config.model.tokenizer:
+        tokenizer = load_tokenizer(config.model.tokenizer)[1]
+    else:
+        tokenizer = synthetic.train_tokenizer(synthetic.corpus(config.seed))
+    saved = path.with_name(path.name + ".tokenizer")
+    tokenizer.save_pretrained(saved)
+    sizes = dataclasses.asdict(new) | {"vocab_size": new.vocab_size or -(-len(tokenizer) // 64) * 64}
+    sizes["num_hidden_layers"] = sizes.pop("num_layers")
+    sizes["num_attention_heads"] = sizes.pop("num_heads")
+    sizes["num_key_value_heads"] = sizes.pop("num_kv_heads")
+    hf_config = {"eos_token_id": tokenizer.eos_token_id, "hidden_act": "silu", "rms_norm_eps": 1e-6, **sizes}
+    model_config = ModelConfig.from_hf(hf_config)
+    params = qwen.init(model_config, config.seed)
+    hf.save_pretrained(path, model_config, params, dtype="float32", tokenizer_from=saved)
+
+
+def make_chat(config: Config, tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Chat:
+    """The tokenizer's template, with the schemas of the tools (see World)."""
+    return Chat(tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
+
+
+def choose_packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None) -> Packing:
+    """Rows and length of a micro-batch on this mesh, for sequences of at most `longest` tokens.
+
+    Raises:
+        UserError: the mesh does not divide them.
+    """
+    groups, parts = (1, 1) if mesh is None else (sharding.ways(axes, mesh) for axes in sharding.HIDDEN[:2])
+    rows, length = config.packing.rows or groups, config.packing.length or -(-longest // parts) * parts
+    if rows % groups:
+        raise UserError(
+            f"packing.rows={rows} does not divide by mesh data x fsdp = {groups}; use a multiple, or 0 for one a device"
+        )
+    if length % parts:
+        raise UserError(f"packing.length={length} does not divide by mesh seq x tensor = {parts}; use a multiple, or 0")
+    return Packing(rows, length)

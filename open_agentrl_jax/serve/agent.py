@@ -1,0 +1,118 @@
+"""A trained model with its tools, ready to answer whoever asks: the terminal or the endpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+from open_agentrl_jax.agent import episode
+from open_agentrl_jax.agent.chat import Chat
+from open_agentrl_jax.agent.environment import ungraded
+from open_agentrl_jax.config import Config
+from open_agentrl_jax.models import hf
+from open_agentrl_jax.rollout.engine import Engine
+from open_agentrl_jax.rollout.local import LocalEngine
+from open_agentrl_jax.run.policy import load_policy, make_chat, open_folder
+from open_agentrl_jax.run.world import World, open_world
+from open_agentrl_jax.serve.streaming import Listener, reply
+from open_agentrl_jax.types import Message, Sampling, Trajectory, UserError
+
+
+@dataclasses.dataclass
+class Agent:
+    """A loaded model with its tools, ready to answer."""
+
+    config: Config
+    chat: Chat
+    engine: Engine
+    world: World
+    name: str
+    _sessions: itertools.count = dataclasses.field(default_factory=itertools.count)
+
+    async def answer(
+        self, history: list[Message], sampling: Sampling, listen: Listener, *, max_tokens: int = 0
+    ) -> Trajectory:
+        """One answer, told piece by piece; `max_tokens` 0: as the config has it.
+
+        Raises:
+            UserError: the conversation is too long for the model.
+        """
+        agent = self.config.agent
+        length = len(self.chat.prompt(history))
+        if length > agent.max_prompt:
+            raise UserError(
+                f"the conversation has {length} tokens, agent.max_prompt is {agent.max_prompt}; begin anew (/reset)"
+            )
+        session = f"chat-{next(self._sessions)}"
+        environment = self.world.environment(
+            shorten=lambda text: self.chat.shorten(text, agent.max_tool_tokens), session=session, reward=ungraded
+        )
+        budget = episode.Budget(agent.max_turns, min(max_tokens or agent.max_response, agent.max_response))
+        return await reply(
+            self.engine,
+            self.chat,
+            environment,
+            history,
+            sampling,
+            dataclasses.replace(budget, seconds=agent.seconds),
+            listen,
+            session=session,
+        )
+
+
+def config_of(model: str) -> Config:
+    """The budgets and the sandbox of the run that the model lies in; the context is all the model has."""
+    config = Config(name="chat")
+    mark = Path(model).absolute().parent / "config.json"
+    if mark.exists():
+        try:
+            run = json.loads(mark.read_text())["config"]
+            config.behaviour = run["behaviour"]
+            for section in ("agent", "sandbox"):
+                known = {field.name for field in dataclasses.fields(getattr(config, section))}
+                setattr(
+                    config,
+                    section,
+                    dataclasses.replace(
+                        getattr(config, section), **{k: v for k, v in run[section].items() if k in known}
+                    ),
+                )
+        except (ValueError, KeyError, TypeError):
+            pass  # another tool's config.json: the defaults serve
+    config.model.path = model
+    return config
+
+
+def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int = 0) -> tuple[Agent, LocalEngine]:
+    """Loads the model; the conversation may fill what its context leaves beside one answer.
+
+    Args:
+        model: a Hugging Face folder or Hub id.
+        slots: answers generated at once.
+        max_response: tokens of an answer, tool outputs included; 0: the run's.
+        max_turns: assistant turns of an answer; 0: the run's.
+    """
+    if not model:
+        raise UserError("--model is missing; give a Hugging Face folder, e.g. --model=runs/quickstart/export")
+    config = config_of(model)
+    config.agent.max_response = max_response or config.agent.max_response
+    config.agent.max_turns = max_turns or config.agent.max_turns
+    policy = load_policy(config, open_folder(config, Path(model)))
+    context = policy.config.max_position_embeddings
+    if config.agent.max_response >= context:
+        raise UserError(f"--max_response={config.agent.max_response}: the model's context is {context}; lower it")
+    # Several questions and answers make one prompt here, where training has one problem.
+    config.agent.max_prompt = min(context - config.agent.max_response, max(8192, config.agent.max_prompt))
+    engine = LocalEngine(
+        policy.params,
+        policy.config,
+        slots=slots,
+        max_length=config.agent.max_prompt + config.agent.max_response,
+        mesh=policy.mesh,
+    )
+    world = open_world(config)
+    name = Path(hf.resolve(model)).absolute()
+    name = f"{name.parent.name}/{name.name}" if name.name == "export" else name.name
+    return Agent(config, make_chat(config, policy.tokenizer, world.schemas), engine, world, name), engine

@@ -1,0 +1,218 @@
+"""The agent behind an OpenAI-compatible endpoint: POST /v1/chat/completions, GET /v1/models, GET /health.
+
+The agent calls its own tool, here. Its calls and their outputs are fenced blocks of the answer's text, so that any
+client shows them; the messages themselves are under "agent" in the answer. What is not done is refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import time
+import uuid
+from typing import Any
+
+from aiohttp import web
+
+from open_agentrl_jax.run.players import seed_of
+from open_agentrl_jax.sandbox.server import loopback
+from open_agentrl_jax.serve.agent import Agent
+from open_agentrl_jax.serve.streaming import Event, Listener
+from open_agentrl_jax.types import Message, Sampling, UserError
+
+FENCES = {"text": "{}", "call": "\n```python\n{}\n```\n", "output": "```output\n{}\n```\n"}
+ROLES = ("system", "user", "assistant")
+UNSUPPORTED = ("tools", "functions", "logprobs", "response_format", "stop", "logit_bias")
+FINISH = {"answer": "stop", "length": "length", "turns": "length"}
+AGENT = web.AppKey("agent", Agent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Where to listen, the bearer token that is asked for, and the temperature where a request names none."""
+
+    host: str
+    port: int
+    token: str
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A request, checked."""
+
+    messages: list[Message]
+    sampling: Sampling
+    max_tokens: int
+    stream: bool
+
+
+def read_question(body: Any, temperature: float) -> Question:
+    """Checks a request's body.
+
+    Raises:
+        UserError: a field that is wrong or not supported.
+    """
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
+        raise UserError("messages: missing; give a list of {role, content}")
+    for name in UNSUPPORTED:
+        if body.get(name):
+            raise UserError(f"{name}: not supported here (the agent has its own tool); leave it out")
+    if body.get("n", 1) not in (1, None):
+        raise UserError("n: only 1 is supported; send the request again for another answer")
+    messages = []
+    for i, message in enumerate(body["messages"]):
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if role not in ROLES or not isinstance(content, str):
+            raise UserError(f"messages[{i}]: give role ({', '.join(ROLES)}) and content as text")
+        messages.append(Message(role, content))
+    if messages[-1].role != "user":
+        raise UserError("messages: the last one must be the user's")
+    numbers = {"temperature": (temperature, 0, 10), "top_p": (1.0, 1e-6, 1), "seed": (0, 0, 2**62)}
+    read: dict[str, float] = {}
+    for name, (default, low, high) in numbers.items():
+        value = default if body.get(name) is None else body[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise UserError(f"{name}: {value!r}; give a number from {low} to {high}")
+        read[name] = value
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise UserError(f"max_tokens: {limit!r}; give a whole number")
+    # Without a seed each request draws anew.
+    seed = int(read["seed"]) if body.get("seed") is not None else uuid.uuid4().int
+    sampling = Sampling(0, float(read["temperature"]), float(read["top_p"]), seed=seed_of(seed))
+    return Question(messages, sampling, limit, bool(body.get("stream")))
+
+
+def make_app(agent: Agent, spec: Spec) -> web.Application:
+    """The web application."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if spec.token and request.path != "/health" and not hmac.compare_digest(given.encode(), spec.token.encode()):
+            return _refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
+        try:
+            return await handler(request)
+        except UserError as error:
+            return _refusal(400, str(error))
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        try:
+            body = await request.json()
+        except ValueError:
+            raise UserError("the body is not JSON") from None
+        question = read_question(body, spec.temperature)
+        answer = _Answer(agent.name)
+        return await (_streamed if question.stream else _whole)(request, agent, question, answer)
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": agent.name, "object": "model", "owned_by": "run"}]})
+
+    async def health(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    app = web.Application(middlewares=[guard], client_max_size=8 * 2**20)
+    app.add_routes(
+        [web.post("/v1/chat/completions", complete), web.get("/v1/models", models), web.get("/health", health)]
+    )
+    return app
+
+
+class _Answer:
+    """The fields that every piece of one answer shares."""
+
+    def __init__(self, model: str):
+        self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._begun = False
+
+    def words(self, event: Event) -> str:
+        """An event as text of the answer, which does not begin with empty space."""
+        text = FENCES[event.kind].format(event.text)
+        text = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(text)
+        return text
+
+    def chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        data = {**self.common, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+async def _played(agent: Agent, question: Question, listen: Listener) -> dict[str, Any]:
+    trajectory = await agent.answer(question.messages, question.sampling, listen, max_tokens=question.max_tokens)
+    if trajectory.aborted:
+        raise RuntimeError("the sandbox or the engine failed, or the answer took too long; try again")
+    prompt = int(trajectory.metrics["prompt_length"])
+    said = int(trajectory.metrics["response_length"])
+    usage = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+    told = {"stop": trajectory.stop, "messages": [message.to_chat() for message in trajectory.said]}
+    return {"finish": FINISH[trajectory.stop], "usage": usage, "agent": told}
+
+
+async def _whole(request: web.Request, agent: Agent, question: Question, answer: _Answer) -> web.StreamResponse:
+    text: list[str] = []
+
+    async def listen(event: Event) -> None:
+        text.append(answer.words(event))
+
+    try:
+        played = await _played(agent, question, listen)
+    except RuntimeError as error:
+        return _refusal(503, str(error))
+    message = {"role": "assistant", "content": "".join(text)}
+    choice = {"index": 0, "message": message, "finish_reason": played.pop("finish")}
+    return web.json_response({**answer.common, "object": "chat.completion", "choices": [choice], **played})
+
+
+async def _streamed(request: web.Request, agent: Agent, question: Question, answer: _Answer) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+
+    async def listen(event: Event) -> None:
+        if text := answer.words(event):
+            await response.write(answer.chunk({"content": text}))
+
+    await response.prepare(request)
+    await response.write(answer.chunk({"role": "assistant", "content": ""}))
+    try:
+        played = await _played(agent, question, listen)
+        await response.write(answer.chunk({}, **played))
+    except (RuntimeError, UserError) as error:  # the status line is out: the stream itself must tell
+        await response.write(f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode())
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
+
+
+def _refusal(status: int, text: str) -> web.Response:
+    return web.json_response({"error": {"message": text, "type": "invalid_request_error"}}, status=status)
+
+
+async def serve(agent: Agent, spec: Spec) -> None:
+    """Serves until cancelled; prints where.
+
+    Raises:
+        UserError: others can reach the address and there is no token, or it cannot be had.
+    """
+    if not spec.token and not loopback(spec.host):
+        raise UserError(f"--host={spec.host}: others can reach it, so a token is needed: set CHAT_TOKEN")
+    # A client that goes away ends its answer, or the model would go on for nobody.
+    runner = web.AppRunner(make_app(agent, spec), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, spec.host, spec.port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise UserError(f"--serve={spec.port}: {error.strerror}; give another port") from None
+        port = runner.addresses[0][1]
+        print(f"http://{spec.host}:{port}/v1  model {agent.name}", flush=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
