@@ -23,11 +23,9 @@ from typing import Any
 
 from open_agentrl_jax.sandbox import child, fetching, forkserver, isolation
 from open_agentrl_jax.sandbox.background import Background
-from open_agentrl_jax.sandbox.result import Result, out_of_memory
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail, out_of_memory
 
 FOLDER = str(pathlib.Path(__file__).parent)
-KEPT, FLOOD = 65_536, 16 * 2**20  # bytes of a stream: kept, and endured
-HALF = KEPT // 2 - 32  # of head and tail each; the rest is for the note between them
 STARTING = 120.0  # seconds that a fork server may take to warm
 SLACK = 10.0  # seconds after which a fork server that reports no end is held dead
 HEAVY = re.compile(r"\b(numpy|sympy|scipy)\b")
@@ -51,8 +49,8 @@ def tier_of(code: str) -> str:
 class Stream:
     """Head and tail of what a program wrote."""
 
-    def __init__(self, descriptor: int, flooded: Callable[[], None]):
-        self.descriptor, self.flooded, self.size = descriptor, flooded, 0
+    def __init__(self, descriptor: int, flooded: Callable[[], None], limit: int = KEPT):
+        self.descriptor, self.flooded, self.size, self.limit = descriptor, flooded, 0, limit
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bytes | None:
@@ -62,21 +60,18 @@ class Stream:
         except BlockingIOError:
             return None
         self.size += len(data)
-        room = HALF - len(self.head)
+        room = self.limit - len(self.head)
         self.head += data[:room]
         self.tail += data[max(room, 0) :]
-        if len(self.tail) > 2 * KEPT:
-            del self.tail[:-HALF]
+        if len(self.tail) > self.limit + 2 * KEPT:
+            del self.tail[: -self.limit]
         if self.size > FLOOD:
             self.flooded()
         return data
 
     def kept(self) -> bytes:
         """What is kept, with a note of what is not."""
-        tail = self.tail[-HALF:]
-        cut = self.size - len(self.head) - len(tail)
-        note = f"\n[... {cut} bytes left out ...]\n".encode() if cut else b""
-        return bytes(self.head) + note + bytes(tail)
+        return head_and_tail(bytes(self.head + self.tail), self.limit, self.size)
 
 
 class ForkServer:
@@ -206,6 +201,7 @@ class Request:
     stdin: str
     timeout: float
     memory_mb: int
+    max_output: int
     files: dict[str, bytes]
     fetch: tuple[str, ...]
 
@@ -215,6 +211,8 @@ class Request:
             return f"timeout: seconds up to {LONGEST:g}, not {self.timeout}"
         if not self.memory_mb >= 1:
             return f"memory_mb: 1 MiB at least, not {self.memory_mb}"
+        if not LEAST_OUTPUT <= self.max_output <= FLOOD:
+            return f"max_output: {LEAST_OUTPUT} to {FLOOD} bytes, not {self.max_output}"
         if len(self.fetch) > isolation.INODES:
             return f"fetch: {isolation.INODES} files at most, not {len(self.fetch)}"
         return ""
@@ -271,11 +269,12 @@ class Embedded(Background):
         stdin: str = "",
         timeout: float = 30.0,
         memory_mb: int = 2048,
+        max_output: int = KEPT,
         files: dict[str, bytes] | None = None,
         fetch: Sequence[str] = (),
     ) -> Result:
         """Runs one program; see `Sandbox.run`."""
-        request = Request(code, stdin, timeout, memory_mb, files or {}, tuple(fetch))
+        request = Request(code, stdin, timeout, memory_mb, max_output, files or {}, tuple(fetch))
         if fault := request.fault():
             return Result("refused", None, "", fault, 0.0)
         return await self.here(self._run(request))
@@ -332,7 +331,9 @@ class Embedded(Background):
                 flooded.set()
                 server.send(kill=pid)
 
-        streams = [Stream(read, flood) for read, _ in pipes]
+        streams = [
+            Stream(read, flood, limit) for (read, _), limit in zip(pipes, (request.max_output, KEPT), strict=True)
+        ]
         for stream in streams:
             self.loop.add_reader(stream.descriptor, self._take, stream)
         try:
@@ -403,9 +404,8 @@ class Embedded(Background):
         elif status == "finished" and code != 0 and (full or out_of_memory(err.decode("utf-8", "replace"))):
             status = "memory"
         self.counts[status] += 1
-        return Result(
-            status, code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), report["seconds"], files
-        )
+        text = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+        return Result(status, code, *text, report["seconds"], files, truncated=streams[0].size > request.max_output)
 
 
 def _alive(task: asyncio.Task[ForkServer]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from open_agentrl_jax.sandbox.background import Background
-from open_agentrl_jax.sandbox.result import Result, out_of_memory
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail, out_of_memory
 from open_agentrl_jax.types import UserError
 
 IN_FLIGHT = 128
@@ -94,10 +94,14 @@ class Remote(Background):
         stdin: str = "",
         timeout: float = 30.0,
         memory_mb: int = 2048,
+        max_output: int = KEPT,
         files: dict[str, bytes] | None = None,
         fetch: Sequence[str] = (),
     ) -> Result:
-        """Runs one program; see `Sandbox.run`."""
+        """Runs one program; see `Sandbox.run`. Output of servers that ignore `max_output` is cut here."""
+        if not LEAST_OUTPUT <= max_output <= FLOOD:
+            detail = f"max_output: {LEAST_OUTPUT} to {FLOOD} bytes, not {max_output}"
+            return Result("refused", None, "", detail, 0.0)
         body = {
             "code": code,
             "language": "python",
@@ -105,6 +109,7 @@ class Remote(Background):
             "compile_timeout": timeout,
             "run_timeout": timeout,
             "memory_limit_MB": memory_mb,
+            "max_output": max_output,
             "files": {name: base64.b64encode(content).decode() for name, content in (files or {}).items()},
             "fetch_files": list(fetch),
         }
@@ -112,7 +117,7 @@ class Remote(Background):
             packed = json.dumps(body, allow_nan=False).encode()  # ASCII: half a surrogate pair goes through too
         except ValueError:
             return Result("refused", None, "", f"timeout and memory_mb must be finite: {timeout}, {memory_mb}", 0.0)
-        return await self.here(self._run(packed, timeout))
+        return _cut(await self.here(self._run(packed, timeout)), max_output)
 
     async def ping(self) -> list[bool]:
         """Which servers answer."""
@@ -221,4 +226,18 @@ def read_answer(answer: dict[str, Any]) -> Result:
     if status == "finished" and (answer.get("message") == "memory" or (code != 0 and out_of_memory(stderr))):
         status = "memory"
     files = {name: base64.b64decode(content) for name, content in (answer.get("files") or {}).items()}
-    return Result(status, code, stdout, stderr, float(ran.get("execution_time") or 0.0), files)
+    seconds, truncated = float(ran.get("execution_time") or 0.0), ran.get("truncated") is True
+    return Result(status, code, stdout, stderr, seconds, files, truncated)
+
+
+def _cut(result: Result, max_output: int) -> Result:
+    """The result with no more text than was asked for."""
+    out, err = (text.encode("utf-8", "replace") for text in (result.stdout, result.stderr))
+    if len(out) <= max_output and len(err) <= 2 * KEPT:
+        return result
+    return dataclasses.replace(
+        result,
+        stdout=head_and_tail(out, max_output).decode("utf-8", "replace"),
+        stderr=head_and_tail(err, KEPT).decode("utf-8", "replace"),
+        truncated=result.truncated or len(out) > max_output,
+    )

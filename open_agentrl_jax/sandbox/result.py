@@ -6,6 +6,10 @@ import dataclasses
 import re
 from typing import Any, Protocol, Self
 
+KEPT = 65_536  # bytes of a stream that are returned by default
+FLOOD = 16 * 2**20  # bytes of a stream after which a program is stopped
+LEAST_OUTPUT = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -14,7 +18,8 @@ class Result:
     `status`: "finished" (it ended by itself, whatever its return code, or flooded its output and was stopped) |
     "timeout" | "memory" | "refused" (the sandbox does not run such a thing) | "infrastructure" (a fault of ours or of
     the network, never the model's). `return_code` is negative where a signal ended it, None where it never ran.
-    `seconds` is wall time. `files` are those that were asked for and are there.
+    `seconds` is wall time. `files` are those that were asked for and are there. `truncated` is True where stdout was
+    longer than `max_output` and lost its middle.
     """
 
     status: str
@@ -23,6 +28,23 @@ class Result:
     stderr: str
     seconds: float
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    truncated: bool = False
+
+
+def head_and_tail(text: bytes, limit: int, size: int | None = None) -> bytes:
+    """Cuts the middle out of text so that at most `limit` bytes are left, a note of what is missing included.
+
+    Args:
+        text: the text, or its head and tail where the middle is already gone.
+        limit: bytes, at least LEAST_OUTPUT.
+        size: bytes of the whole text where `text` is not all of it.
+    """
+    size = len(text) if size is None else size
+    if size <= limit:
+        return text
+    half = limit // 2 - 32
+    note = f"\n[... {size - 2 * half} bytes left out ...]\n".encode()
+    return text[:half] + note + text[-half:]
 
 
 def out_of_memory(stderr: str) -> bool:
@@ -45,6 +67,7 @@ class Sandbox(Protocol):
         stdin: str = "",
         timeout: float = 30.0,
         memory_mb: int = 2048,
+        max_output: int = KEPT,
         files: dict[str, bytes] | None = None,
         fetch: tuple[str, ...] = (),
     ) -> Result:
@@ -55,6 +78,8 @@ class Sandbox(Protocol):
             stdin: its standard input.
             timeout: seconds of wall time.
             memory_mb: MiB that it may take beyond what a fresh Python has.
+            max_output: bytes of stdout to return, LEAST_OUTPUT to FLOOD; a longer stdout loses its middle. Of stderr
+                KEPT bytes are returned.
             files: files to lay into its directory before it starts, by relative path.
             fetch: files to bring back when it has ended, however it ended.
         """

@@ -21,7 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from open_agentrl_jax.sandbox.executor import LARGEST_MB, Embedded
-from open_agentrl_jax.sandbox.result import Result
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result
 from open_agentrl_jax.types import UserError
 
 LARGEST_BODY = 128 * 2**20  # bytes
@@ -79,6 +79,9 @@ def read_request(body: Any, longest: float) -> dict[str, Any]:
     memory = body.get("memory_limit_MB") or -1
     if not isinstance(memory, int | float):
         raise Invalid("memory_limit_MB: a number")
+    output = body.get("max_output", KEPT)
+    if not isinstance(output, int) or not LEAST_OUTPUT <= output <= FLOOD:
+        raise Invalid(f"max_output: an integer from {LEAST_OUTPUT} to {FLOOD}")
     stdin, files, fetch = body.get("stdin") or "", body.get("files") or {}, body.get("fetch_files") or []
     if not isinstance(stdin, str):
         raise Invalid("stdin: a string")
@@ -93,6 +96,7 @@ def read_request(body: Any, longest: float) -> dict[str, Any]:
         "stdin": stdin,
         "timeout": float(timeout),
         "memory_mb": max(int(min(memory, LARGEST_MB)), 1) if memory > 0 else DEFAULT_MB,
+        "max_output": output,
         "files": decoded,
         "fetch": tuple(fetch),
     }
@@ -109,6 +113,7 @@ def answer(result: Result) -> dict[str, Any]:
         "return_code": None if late else result.return_code,
         "stdout": result.stdout,
         "stderr": result.stderr,
+        "truncated": result.truncated,
     }
     return {
         "status": "SandboxError" if failed else "Success" if good else "Failed",

@@ -117,6 +117,17 @@ async def test_head_and_tail_of_long_output(sandbox):
     assert len(result.stdout) < 66_000 and result.return_code == 0
 
 
+async def test_max_output_bounds_stdout_and_truncation_is_flagged(sandbox):
+    whole = await sandbox.run("print('1' * 300_000)", max_output=300_001)
+    assert (whole.stdout, whole.truncated) == ("1" * 300_000 + "\n", False)
+    for size, limit, truncated in ((65_536, 65_536, False), (65_537, 65_536, True), (5000, 1024, True)):
+        result = await sandbox.run(f"print('1' * {size}, end='')", max_output=limit)
+        assert result.truncated is truncated and (len(result.stdout) == limit or truncated)
+        assert len(result.stdout) <= limit and (not truncated or "bytes left out" in result.stdout)
+    for limit in (0, 1 << 30):
+        assert (await sandbox.run("print(1)", max_output=limit)).status == "refused"
+
+
 async def test_random_numbers_differ_between_runs(sandbox):
     code = "import random, numpy\nprint(random.random(), numpy.random.rand())"
     seen = [(await sandbox.run(code)).stdout.split() for _ in range(3)]

@@ -202,6 +202,25 @@ async def test_client_and_server_agree_with_the_executor(sandbox):
         assert client.metadata["kind"] == "remote" and client.metadata["runs"] >= 6
 
 
+async def test_max_output_reaches_the_server(sandbox):
+    code = "print('1' * 200_000)"
+    async with serving(sandbox) as url, remote.Remote([url]) as client:
+        whole, cut = await client.run(code, max_output=1 << 20), await client.run(code)
+        assert (await client.run(code, max_output=1 << 30)).status == "refused"
+    assert (len(whole.stdout), whole.truncated, cut.truncated) == (200_001, False, True)
+    assert len(cut.stdout) <= 65_536
+
+
+async def test_a_server_without_max_output_is_cut_by_the_client():
+    async def handler(_):
+        ran = {"status": "Finished", "return_code": 0, "stdout": "1" * 200_000, "stderr": "2" * 300_000}
+        return web.json_response({"status": "Success", "message": "", "run_result": ran})
+
+    async with faking(handler) as url, remote.Remote([url]) as client:
+        result = await client.run("print(1)", max_output=2000)
+    assert result.truncated and len(result.stdout) <= 2000 and len(result.stderr) <= 65_536
+
+
 async def test_128_in_flight_over_two_servers():
     seen: dict[str, int] = {}
     most = now = 0
