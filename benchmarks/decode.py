@@ -35,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.command import Parser
 from launch.compile import SHAPES
-from launch.options import Parser
 from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import path_name

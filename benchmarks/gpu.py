@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from launch.command import Parser, refuse
 from launch.compile import SHAPES
-from launch.options import Parser, refuse
 from open_agentrl_jax.types import UserError
 
 GIB = 2**30

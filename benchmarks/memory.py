@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import P

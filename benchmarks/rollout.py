@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks.refit import REFIT, refit, show
 from configs import quickstart
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Tool, ToolEnvironment

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.sandbox.client import SandboxSpec, open_sandbox
 
 PROGRAMS = {

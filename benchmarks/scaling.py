@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from launch.options import Parser
+from launch.command import Parser
 
 FAKE = 8  # devices there are
 

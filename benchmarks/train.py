@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.options import Parser
+from launch.command import Parser
 
 MODEL: dict[str, Any] = {
     "vocab_size": 512,

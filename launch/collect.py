@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import command
-from launch.options import define, option
+from launch.command import define, option
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.collect import collection, teachers
 from open_agentrl_jax.collect.journal import Journal

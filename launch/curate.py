@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import command
-from launch.options import define, option
+from launch.command import define, option
 from open_agentrl_jax.collect import collection, curation, teachers
 from open_agentrl_jax.collect.curation import PassRate
 from open_agentrl_jax.collect.journal import Journal, Play

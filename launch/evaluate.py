@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import command
-from launch.options import define, option
+from launch.command import define, option
 from open_agentrl_jax.collect import teachers
 from open_agentrl_jax.collect.journal import Journal
 from open_agentrl_jax.config import Config

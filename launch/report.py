@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.telemetry import report
 from open_agentrl_jax.telemetry.screen import curve
 from open_agentrl_jax.types import UserError

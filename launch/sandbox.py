@@ -13,7 +13,7 @@ import asyncio
 import os
 import sys
 
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.sandbox.probes import Findings, open_embedded, survey
 from open_agentrl_jax.types import UserError
 

@@ -2,20 +2,22 @@
 
 import dataclasses
 import importlib
+import math
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from open_agentrl_jax.config import Config, fingerprint, lookup, validate
+from open_agentrl_jax.config import Config, expand_home, fingerprint, lookup, validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_is_valid_and_told(name):
+def test_every_config_is_valid_and_documented(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
     assert config.name == name
@@ -44,14 +46,23 @@ def test_the_papers_numbers():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"rl.prompts": 10}, "rl.prompts=10 does not divide"),
+        ({"rl.prompts": 10}, "rl.prompts=10 is not divisible"),
         ({"rl.loss.aggregate": "mean"}, "rl.loss.aggregate is 'mean'; use one of token-mean"),
         ({"rl.samples": 0}, "rl.samples is 0; it must be at least 1"),
         ({"rollout.temperature": 0.0}, "rollout.temperature is 0"),
         ({"rollout.top_p": 0.9, "rl.loss.old_logprobs": "rollout"}, "old_logprobs=rollout with top-p"),
-        ({"rollout.weights": "int8"}, "rollout.weights=int8 is of the embedded engine"),
+        ({"rollout.top_k": 20, "rl.loss.importance_level": "token"}, "importance_level=token with top-p or top-k"),
+        ({"rl.optim.lr": math.nan}, "rl.optim.lr is nan; it must be a finite number"),
+        ({"rl.optim.lr": math.inf}, "rl.optim.lr is inf; it must be a finite number"),
+        ({"rl.optim.b1": 1.0}, "rl.optim.b1 is 1.0; it must be below 1"),
+        ({"sft.optim.warmup": -5}, "sft.optim.warmup is -5; it must be at least 0"),
+        ({"agent.seconds": 0.0}, "agent.seconds is 0.0; it must be above 0"),
+        ({"rl.steps": 2.5}, "rl.steps is 2.5; it must be an integer"),
+        ({"rl.steps": True}, "rl.steps is True; it must be an integer"),
+        ({"agent.tools": "python"}, "agent.tools is 'python'; it must be a tuple"),
+        ({"rollout.weights": "int8"}, "rollout.weights=int8 needs the embedded engine"),
         ({"rollout.weights": "int8", "rollout.engine": "local"}, "int8 samples from another policy"),
         (
             {"rollout.weights": "int8", "rl.loss.old_logprobs": "rollout", "rl.loss.importance_level": "token"},
@@ -63,12 +74,12 @@ def test_the_papers_numbers():
         ({"rollout.servers": ()}, "rollout.engine=sglang needs rollout.servers"),
     ],
 )
-def test_faults_are_named(change, told):
+def test_faults_are_named(change, message):
     config = importlib.import_module("configs.qwen3_4b_grpo_tcr").get_config()
     for field, value in change.items():
         *parents, leaf = field.split(".")
         setattr(lookup(config, ".".join(parents)) if parents else config, leaf, value)
-    assert any(told in problem for problem in validate(config))
+    assert any(message in fault for fault in validate(config))
 
 
 def test_fingerprint_ignores_what_a_continuation_may_change():
@@ -81,8 +92,22 @@ def test_fingerprint_ignores_what_a_continuation_may_change():
     assert fingerprint(a) != fingerprint(b)
 
 
+def test_equal_numbers_have_one_fingerprint():
+    a, b = Config(), Config()
+    a.sft.optim.warmup, b.sft.optim.warmup = 20, 20.0
+    assert fingerprint(a) == fingerprint(b)
+
+
+def test_a_leading_tilde_is_the_home_directory():
+    config, home = Config(run_dir="~/x"), os.path.expanduser("~")
+    config.data.train, config.data.eval, config.data.sft = "~/a.jsonl:3,~/b.jsonl", "gsm8k=~/c.jsonl", "a~/d.jsonl"
+    expand_home(config)
+    assert config.directory == f"{home}/x" and config.data.train == f"{home}/a.jsonl:3,{home}/b.jsonl"
+    assert config.data.eval == f"gsm8k={home}/c.jsonl" and config.data.sft == "a~/d.jsonl"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--config=configs/quickstart.py", "--config.rl.stepz=1"], "stepz"),
         (["--config=configs/quickstart.py", "--config.rl.steps=many"], "--config.rl.steps=many"),
@@ -92,12 +117,12 @@ def test_fingerprint_ignores_what_a_continuation_may_change():
         (["--config=configs/quickstart.py", "--config.data.eval=nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, told, tmp_path):
+def test_user_errors_are_one_line_with_exit_code_2(arguments, message, tmp_path):
     command = [sys.executable, "-m", "launch.train", *arguments]
     if "--config=configs/quickstart.py" in arguments:
         command.append(f"--config.run_dir={tmp_path}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     errors = done.stderr.strip().splitlines()
-    assert errors[-1].startswith("error: ") and told in errors[-1]
+    assert errors[-1].startswith("error: ") and message in errors[-1]
     assert "Traceback" not in done.stderr

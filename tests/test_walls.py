@@ -8,10 +8,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "open_agentrl_jax"
 REMOTE = [f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "servers")]
+ROOMS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix in ("", ".py")}
 # room or file -> prefixes it must not import
 WALLS = {
     "types.py": (PACKAGE, "jax", "flax", "optax"),
-    "config.py": (PACKAGE, "jax", "flax", "optax"),
+    "settings.py": (PACKAGE, "jax", "flax", "optax"),
+    "config.py": (*(f"{PACKAGE}.{room}" for room in ROOMS - {"settings"}), "jax", "flax", "optax"),
     "algorithms": (f"{PACKAGE}.models", f"{PACKAGE}.config", f"{PACKAGE}.rollout", f"{PACKAGE}.train"),
     "models": (f"{PACKAGE}.train", f"{PACKAGE}.rollout", f"{PACKAGE}.agent"),
     "train": (f"{PACKAGE}.rollout", f"{PACKAGE}.agent", f"{PACKAGE}.sandbox", f"{PACKAGE}.rewards", f"{PACKAGE}.data"),

@@ -15,11 +15,12 @@ import pathlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from open_agentrl_jax.settings import differences
 from open_agentrl_jax.types import UserError
 
 _calls: collections.Counter[str] = collections.Counter()  # so that a place met twice has notes of its own
@@ -39,7 +40,7 @@ def agree(facts: Mapping[str, Any], *, seconds: float = 120.0) -> None:
     theirs = _exchange("agree", dict(facts), seconds)
     first, *others = theirs
     for number, note in enumerate(others, start=1):
-        differing = list(_differences(first["facts"], note["facts"]))
+        differing = [f"{name} is {b!r}, not {a!r}" for name, a, b in differences(first["facts"], note["facts"])]
         if differing:
             raise UserError(
                 f"distributed: process {number} on {note['host']} differs from process 0 on {first['host']}: "
@@ -107,11 +108,3 @@ def _exchange(place: str, facts: dict[str, Any], seconds: float) -> list[dict[st
     while len(_left) > 1:  # who is here has read all that was left before
         client.key_value_delete(_left.pop(0))
     return notes
-
-
-def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
-    elif a != b:
-        yield f"{name} is {b!r}, not {a!r}"

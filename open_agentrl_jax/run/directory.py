@@ -8,10 +8,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from open_agentrl_jax.config import Config, fingerprint, to_dict
 from open_agentrl_jax.parallel import processes
+from open_agentrl_jax.settings import differences
 from open_agentrl_jax.types import UserError
 
 
@@ -21,8 +21,9 @@ def claim_directory(config: Config) -> Path:
     mark = directory / "config.json"
     if mark.exists():
         theirs = json.loads(mark.read_text())
-        if theirs["fingerprint"] != fingerprint(config):
-            changed = ", ".join(_differences(json.loads(theirs["fingerprint"]), json.loads(fingerprint(config))))
+        then, now = json.loads(theirs["fingerprint"]), json.loads(fingerprint(config))
+        if then != now:
+            changed = ", ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in differences(then, now))
             raise UserError(f"{mark}: the run there has another config ({changed}); give another run_dir, or remove it")
     else:
         directory.mkdir(parents=True, exist_ok=True)
@@ -58,9 +59,3 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in sorted({*a, *b}) for d in _differences(a.get(key), b.get(key), f"{prefix}.{key}")]
-    return [] if a == b else [f"{prefix.lstrip('.')}: {a!r} there, {b!r} here"]

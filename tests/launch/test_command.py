@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from launch import command, report
-from launch.options import Parser
+from launch.command import Parser
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
 from open_agentrl_jax.run.policy import create_model, load_tokenizer, open_folder
@@ -35,6 +35,12 @@ def test_a_config_of_ours_is_found_from_any_directory(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert command._find_config("--config=configs/quickstart.py") == f"--config={ROOT}/configs/quickstart.py"
     assert command._find_config("--config.rl.steps=3") == "--config.rl.steps=3"
+    separate = ["train", "--config", "configs/quickstart.py", "--config.seed=1"]
+    assert command._with_config_found(separate) == [
+        "train",
+        f"--config={ROOT}/configs/quickstart.py",
+        "--config.seed=1",
+    ]
     (tmp_path / "mine.py").touch()
     assert command._find_config("--config=mine.py:small") == "--config=mine.py:small"
     with pytest.raises(SystemExit) as ended:
@@ -121,6 +127,29 @@ def test_a_tokenizer_of_the_hub_comes_without_weights(monkeypatch):
     with pytest.raises(UserError, match="the Hub gave none"):
         load_tokenizer("Qwen/Qwen3-4B")
     assert asked == [["*.json", "*.txt", "*.jinja"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/data/run"), "error: /data/run: Permission denied"),
+        (OSError(28, "No space left on device"), "error: No space left on device; free some space, then run"),
+        (ValueError("Writing x: No space left on device [OS error 28]"), "error: No space left on device; free"),
+        (KeyboardInterrupt(), "interrupted"),
+        (UserError("x: y"), "error: x: y"),
+    ],
+)
+def test_errors_of_user_and_machine_are_one_line(error, message, capsys):
+    with pytest.raises(SystemExit) as ended, command.one_line_errors():
+        raise error
+    printed = capsys.readouterr().err
+    assert ended.value.code == (130 if message == "interrupted" else 2)
+    assert printed.splitlines()[-1].startswith(message)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), command.one_line_errors():
+        raise FileNotFoundError(2, "No such file", "lost.json")
 
 
 def test_a_taken_port_is_told_in_one_line(tmp_path, monkeypatch, capsys):

@@ -146,7 +146,7 @@ def test_what_is_no_tool(mine):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("agent.tools", "python", "agent.tools is 'python'; give a tuple"),
+        ("agent.tools", "python", "agent.tools is 'python'; it must be a tuple"),
         ("agent.tools", ("python", "bash"), "agent.tools is"),
         ("agent.tools", ("mcp: ",), "agent.tools is"),
         ("agent.environment", "mine", "agent.environment is 'mine'; write 'module:name'"),
