@@ -29,6 +29,7 @@ class Message:
     role: str
     content: str
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    reasoning: str = ""  # of an assistant, where it is kept apart from the content
 
     def to_chat(self) -> dict[str, Any]:
         """The dictionary that chat templates take."""
@@ -37,6 +38,8 @@ class Message:
             chat["tool_calls"] = [
                 {"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in self.tool_calls
             ]
+        if self.reasoning:
+            chat["reasoning_content"] = self.reasoning
         return chat
 
 

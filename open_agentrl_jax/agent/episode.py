@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from open_agentrl_jax.agent.chat import Chat, parse_tool_calls
+from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn
@@ -127,7 +127,7 @@ async def run(
                     raise EngineError("the engine aborted the request")
                 sequence.add(completion.ids, True, completion.logprobs, completion.version)
                 text = chat.decode(completion.ids.tolist())
-                content, calls = parse_tool_calls(text)
+                content, calls = chat.parse(text)
                 turn = Turn(text, calls)
                 turns.append(turn)
                 response_length = len(sequence.tokens) - prompt_length

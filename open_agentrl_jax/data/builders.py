@@ -29,8 +29,8 @@ from open_agentrl_jax.data.rows import Table, resolve
 from open_agentrl_jax.types import Message, Task, UserError
 
 T = TypeVar("T")
-VERSION = "1.0.0"
-RELEASE_NOTES = {"1.0.0": "Problems and trajectories with their nested fields as JSON text."}
+VERSION = "1.1.0"
+RELEASE_NOTES = {"1.1.0": "Messages keep their reasoning, and arguments their nulls."}
 
 
 @dataclasses.dataclass(kw_only=True)

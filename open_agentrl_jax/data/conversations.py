@@ -39,10 +39,10 @@ def read_conversations(path: str | os.PathLike[str]) -> Table[Conversation]:
     """
 
     def convert(row: dict[str, Any], file: Path, number: int) -> Conversation:
-        messages = decode(row.get("messages"))
+        messages, tools = (_column(row.get(name), file) for name in ("messages", "tools"))
         if not isinstance(messages, list) or not messages:
             raise BadRow("no messages: the column must be a list of {role, content}")
-        tools = prune(decode(row.get("tools"))) or []
+        tools = tools or []
         if not isinstance(tools, list):
             raise BadRow("tools must be a list of schemas")
         tools = [t for t in map(decode, tools) if isinstance(t, dict)]
@@ -72,36 +72,52 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
+def _column(value: Any, file: Path) -> Any:
+    """A column's value. Nulls of a nested parquet column come from its schema; any other null belongs to the row."""
+    if file.suffix == ".parquet" and not isinstance(value, str):
+        return prune(value)
+    return decode(value)
+
+
 def prune(value: Any) -> Any:
-    """Without the nulls that a parquet schema gives every row for the keys of any other row."""
+    """A copy without nulls: a parquet schema gives every row the keys of all other rows."""
     if isinstance(value, dict):
         return {k: prune(v) for k, v in value.items() if v is not None}
     return [prune(v) for v in value] if isinstance(value, list) else value
 
 
 def from_chat(raw: Any) -> Message:
-    """The inverse of Message.to_chat. Raises BadRow for what is no message."""
+    """The inverse of Message.to_chat. Raises BadRow for anything that is no message."""
     raw = decode(raw)
     if not isinstance(raw, dict) or raw.get("role") not in ROLES:
         raise BadRow(f"a message must be an object whose role is one of {', '.join(ROLES)}")
-    content = raw.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     calls = decode(raw.get("tool_calls")) or []
     if not isinstance(calls, list):
         raise BadRow("tool_calls must be a list")
-    return Message(raw["role"], "" if content is None else str(content), [_call(c) for c in calls])
+    content, reasoning = _words(raw.get("content")), _words(raw.get("reasoning_content") or raw.get("reasoning"))
+    return Message(raw["role"], content, [_call(c) for c in calls], reasoning if raw["role"] == "assistant" else "")
+
+
+def _words(content: Any) -> str:
+    """The text of a content field: text, or a list of parts."""
+    if content is None or isinstance(content, str | int | float):
+        return "" if content is None else str(content)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow("content must be text, or a list of text parts")
+    return "".join(texts)  # type: ignore[arg-type]  (checked above)
 
 
 def _call(raw: Any) -> ToolCall:
     raw = decode(raw)
-    function = raw.get("function", raw) if isinstance(raw, dict) else None
+    function = decode(raw.get("function", raw)) if isinstance(raw, dict) else None
     if not isinstance(function, dict) or not function.get("name"):
         raise BadRow("a tool call has no name")
     arguments = decode(function.get("arguments") or {})
     if not isinstance(arguments, dict):
         raise BadRow(f"the arguments of tool call {function['name']} are no object")
-    return ToolCall(str(function["name"]), prune(arguments))
+    return ToolCall(str(function["name"]), arguments)
 
 
 def _check(messages: list[Message]) -> None:

@@ -58,19 +58,32 @@ def read_table(path: str | os.PathLike[str], convert: Callable[[dict[str, Any], 
                 table.append(convert(row, file, number))
             except BadRow as e:
                 table.skipped.append(f"{file} row {number}: {e}")
-    bad = len(table.skipped)
-    if bad > max(1, MAX_BAD * total):
-        raise UserError(
-            f"{bad} of {total} rows are bad, more than 1 %; the first is {table.skipped[0]}; mend or drop them"
-        )
-    if not table:
-        reason = f"its only row is bad: {table.skipped[0]}" if bad else "it holds no row"
+    if not table and len(table.skipped) < 2:
+        reason = f"its only row is bad: {table.skipped[0]}" if table.skipped else "it holds no row"
         raise UserError(f"data set {path} is empty ({reason}); give a file with at least one usable row")
-    for line in table.skipped[:10]:
+    refuse_many_bad(str(path), table.skipped, total)
+    return table
+
+
+def refuse_many_bad(name: str, skipped: list[str], total: int, cure: str = "fix or drop them") -> None:
+    """Logs the rows that were skipped.
+
+    Args:
+        name: of the data set.
+        skipped: each bad row with its reason.
+        total: rows read, the bad ones included.
+        cure: ends the message of the error.
+
+    Raises:
+        UserError: more than 1 % of the rows are bad, and more than one.
+    """
+    bad = len(skipped)
+    if bad > max(1, MAX_BAD * total):
+        raise UserError(f"{name}: {bad} of {total} rows are bad, more than 1 %; the first is {skipped[0]}; {cure}")
+    for line in skipped[:10]:
         log.warning("skipped %s", line)
     if bad:
-        log.warning("skipped %d of %d rows of %s", bad, total, path)
-    return table
+        log.warning("skipped %d of %d rows of %s", bad, total, name)
 
 
 def resolve(path: str | os.PathLike[str]) -> list[Path]:
@@ -163,7 +176,7 @@ def decode(value: Any) -> Any:
     """A JSON-string column as what it holds; anything else, and text that is no JSON object or list, as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(value)
+            return json.loads(value, strict=False)  # writers of arguments leave raw line breaks in code
         except (ValueError, RecursionError):
             return value
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,11 +16,14 @@ from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
 from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
+from open_agentrl_jax.data.rows import refuse_many_bad
 from open_agentrl_jax.run.world import reader_of
 from open_agentrl_jax.sandbox.client import Sandbox
 from open_agentrl_jax.train.packing import Example
 from open_agentrl_jax.train.sft import example
 from open_agentrl_jax.types import Task, UserError
+
+log = logging.getLogger(__name__)
 
 
 def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[Subset[Task], list[str]]:
@@ -123,18 +127,30 @@ def generated_demonstrations(config: Config, directory: Path, sandbox: Sandbox, 
 
 
 def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversation]) -> list[Example]:
-    """Conversations as masked token sequences."""
+    """Conversations as masked token sequences, each with the tools of its own row where it has some.
+
+    Raises:
+        UserError: no conversation is usable, or the template cannot render more than 1 % of them.
+    """
     shifted = BEHAVIOURS[config.behaviour].sft_mask_shifted
-    made = []
+    made: list[Example] = []
+    bad: list[str] = []
+    total = unseen = 0
+    shows_reasoning = chat.shows_reasoning()
     for conversation in conversations:
+        total += 1
+        unseen += not shows_reasoning and any(message.reasoning for message in conversation.messages)
         try:
-            ids, mask = chat.conversation(conversation.messages)
+            ids, mask = chat.conversation(conversation.messages, conversation.tools or None)
         except ValueError as error:
-            cure = "see the tokenizer's chat template"
-            raise UserError(f"data.sft: conversation {conversation.id}: {error}; {cure}") from error
+            bad.append(f"conversation {conversation.id}: {error}")
+            continue
         one = example(ids, mask, max_length=config.sft.max_length, mask_shifted=shifted)
         if one.mask.any():
             made.append(one)
+    refuse_many_bad("data.sft", bad, total, "see the tokenizer's chat template")
+    if unseen:
+        log.warning("data.sft: the chat template leaves out the reasoning_content of %d conversations", unseen)
     if not made:
         raise UserError("data.sft: no conversation has an assistant token within sft.max_length; raise it")
     return made

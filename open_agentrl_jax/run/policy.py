@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config, Packing
@@ -54,7 +56,11 @@ def open_folder(config: Config, directory: Path) -> Folder:
     resolved = hf.resolve(path, weights=False)
     if (resolved / "export" / "config.json").exists():
         raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
-    return Folder(path, *load_tokenizer(config.model.tokenizer or str(resolved)))
+    tokenizer_path, tokenizer = load_tokenizer(config.model.tokenizer or str(resolved))
+    if config.model.template != "auto":
+        templates.use(tokenizer, config.model.template)
+        tokenizer_path = save_tokenizer(tokenizer, tokenizer_path, directory / "tokenizer")
+    return Folder(path, tokenizer_path, tokenizer)
 
 
 def load_policy(config: Config, folder: Folder) -> Policy:
@@ -85,6 +91,18 @@ def load_tokenizer(source: str) -> tuple[Path, Any]:
         return folder, AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"model.tokenizer={source}: {' '.join(str(error).split())[:300]}") from error
+
+
+def save_tokenizer(tokenizer: Any, source: Path, target: Path) -> Path:
+    """Writes a tokenizer whose template was replaced, and the generation config of its source; exports carry both."""
+
+    def write() -> None:
+        tokenizer.save_pretrained(target)
+        if (generation := source / "generation_config.json").exists():
+            shutil.copy(generation, target)
+
+    processes.first_then_all(write)
+    return target
 
 
 def create_model(config: Config, path: Path) -> None:

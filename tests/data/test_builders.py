@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from open_agentrl_jax.data import builders, prompts
-from open_agentrl_jax.data.builders import prepare_conversations, prepare_tasks
+from open_agentrl_jax.data.builders import VERSION, prepare_conversations, prepare_tasks
 from open_agentrl_jax.data.conversations import read_conversations
 from open_agentrl_jax.data.loader import task_stream
 from open_agentrl_jax.data.prompts import Problem, read_tasks
@@ -66,7 +66,7 @@ def test_options_and_evaluation_are_kept_apart(tmp_path, problems):
     assert with_tools[0].messages != without[0].messages
     prepare_tasks(problems, tmp_path / "data", evaluation=True)
     assert {p.name for p in (tmp_path / "data").iterdir()} >= {"rl_problems", "eval_problems"}
-    files = {p.suffix or p.name for p in (tmp_path / "data").rglob("1.0.0/*")}
+    files = {p.suffix or p.name for p in (tmp_path / "data").rglob(f"{VERSION}/*")}
     assert any("array_record" in f for f in files)
 
 

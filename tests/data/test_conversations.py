@@ -81,12 +81,35 @@ def test_what_is_written_is_read_back_equal(tmp_path):
         ({"messages": [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "no name"),
         ({"messages": [CHAT[1], {**CHAT[2], "tool_calls": [{"name": "p", "arguments": "[1]"}]}]}, "no object"),
         ({"messages": CHAT, "tools": {"a": 1}}, "list of schemas"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT[5]]}, "list of text parts"),
     ],
 )
 def test_a_bad_row_is_named_with_its_reason(tmp_path, row, reason):
     file = write(tmp_path / "a.jsonl", [{"messages": CHAT}, row])
     table = read_conversations(file)
     assert len(table) == 1 and table.skipped[0].startswith(f"{file} row 2: ") and reason in table.skipped[0]
+
+
+def test_nothing_of_a_row_is_lost_silently(tmp_path):
+    call = {"name": "python", "arguments": '{"code": "a\nb", "seed": null}'}  # a raw line break in JSON text
+    chat = [
+        {"role": "user", "content": ["What is ", {"type": "text", "text": "6 times 7?"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "I need code.", "tool_calls": [call]},
+        {"role": "tool", "content": 42},
+        {"role": "assistant", "content": "42"},
+    ]
+    right = [
+        Message("user", "What is 6 times 7?"),
+        Message("assistant", "", [ToolCall("python", {"code": "a\nb", "seed": None})], reasoning="I need code."),
+        Message("tool", "42"),
+        Message("assistant", "42"),
+    ]
+    schema = {"type": "function", "function": {"name": "python", "parameters": {"default": None}}}
+    (c,) = read_conversations(write(tmp_path / "a.jsonl", [{"messages": chat, "tools": [schema]}]))
+    assert c.messages == right and c.tools == [schema]
+    write_conversations(tmp_path / "b.parquet", [c])
+    (c,) = read_conversations(tmp_path / "b.parquet")
+    assert c.messages == right and c.tools == [schema]
 
 
 def test_no_row_at_all_is_an_error(tmp_path):

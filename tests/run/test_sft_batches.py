@@ -12,7 +12,7 @@ from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.train.packing import most_micro_batches, pack
-from open_agentrl_jax.types import Message, ToolCall
+from open_agentrl_jax.types import Message, ToolCall, UserError
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "qwen3-tokenizer"
 CALLS = [ToolCall(PythonTool.name, {"code": f"print({a} + 2)"}) for a in (1, 7)]
@@ -107,3 +107,31 @@ def test_the_real_qwen3_template_trains_the_same_strings(tmp_path):
     real = Chat(AutoTokenizer.from_pretrained(SHARED), [PythonTool.schema])
     strings = trained(real, packed(examples(real, tmp_path, PARALLEL)))
     assert [s.removeprefix("<think>\n\n</think>\n\n") for s in strings] == TURNS
+
+
+def test_one_conversation_that_the_template_cannot_render_is_skipped_and_named(chat, tmp_path, caplog):
+    twice = [PLAIN[0], PLAIN[1]]
+    bad = Chat(chat.tokenizer, chat.tools)
+    whole = bad.conversation
+
+    def conversation(messages, tools=None):
+        if messages[0].content == "odd":
+            raise ValueError("2 assistant messages were rendered as 1 turns")
+        return whole(messages, tools)
+
+    bad.conversation = conversation
+    odd = [Message("user", "odd"), PLAIN[1]]
+    assert len(examples(bad, tmp_path, twice, odd, twice)) == 2
+    assert "conversation s/1: 2 assistant messages were rendered as 1 turns" in caplog.text
+    with pytest.raises(UserError, match=r"data\.sft: 2 of 3 rows are bad, .* see the tokenizer's chat template"):
+        examples(bad, tmp_path, odd, odd, twice)
+
+
+def test_a_row_shows_its_own_tools_and_its_lost_reasoning_is_counted(chat, caplog):
+    config = quickstart.get_config()
+    search = {"type": "function", "function": {"name": "search", "parameters": {"properties": {"query": {}}}}}
+    thought = [PLAIN[0], Message("assistant", "2", reasoning="because")]
+    made = inputs.sft_examples(config, chat, [Conversation("a", PLAIN, [search]), Conversation("b", thought)])
+    texts = [chat.tokenizer.decode(one.tokens) for one in made]
+    assert "search(query)" in texts[0] and "code_interpreter" not in texts[0] and "code_interpreter" in texts[1]
+    assert "leaves out the reasoning_content of 1 conversations" in caplog.text
