@@ -29,6 +29,7 @@ from open_agentrl_jax.parallel.mesh import initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
+from open_agentrl_jax.run.engines import check_generation
 from open_agentrl_jax.run.phases import Parts, run_rl, run_sft
 from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
 from open_agentrl_jax.run.world import World, open_world
@@ -74,6 +75,8 @@ def experiment(config: Config, profile: bool) -> int:
         screen.say(f"run {config.name}: {directory}")
         choose_packing(config, 1, mesh_of(config))  # what the mesh does not divide is told before loading
         folder = open_folder(config, directory)
+        if processes.first() and (config.rl.steps or config.rl.epochs or config.data.eval):
+            check_generation(config)  # servers are missed now, not after SFT
         world: Any = open_world(config) if processes.first() else None
         checkpoints = Checkpoints(
             directory / "checkpoints",

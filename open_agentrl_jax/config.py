@@ -222,6 +222,22 @@ class Rollout:
         "", "sglang: a directory that all servers can read; empty: <run_dir>/weights", path=True, resumable=True
     )
     deadline: float = setting(600.0, "sglang: per request", above=0, resumable=True)
+    startup_seconds: float = setting(
+        30.0, "sglang: how long to wait at start while no server answers", above=0, resumable=True
+    )
+    api_key_env: str = setting("", "sglang: environment variable with the servers' API key", resumable=True)
+    server_kind: str = setting(
+        "sglang", "launch_servers: which server (third_party/)", choices=("sglang", "sglang_jax"), resumable=True
+    )
+    server_tensor: int = setting(
+        1, "launch_servers: devices per server, on machines with accelerators", at_least=1, resumable=True
+    )
+    server_memory: float = setting(
+        0.85, "launch_servers: share of the device memory per server", above=0, at_most=1, resumable=True
+    )
+    server_first_device: int = setting(
+        0, "launch_servers: GPU index of the first server; the others follow", at_least=0, resumable=True
+    )
 
 
 @dataclasses.dataclass
@@ -342,6 +358,11 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
         f"rl.loss.importance_level={rl.loss.importance_level} with top-p or top-k biases the ratio: the engine's "
         "log-probs are of the truncated distribution; set rollout.top_p=1 and rollout.top_k=0, or "
         "rl.loss.importance_level=off",
+    )
+    yield (
+        trains_rl and rl.max_staleness and rl.loss.old_logprobs == "trainer" and rl.loss.importance_level == "off",
+        f"rl.max_staleness={rl.max_staleness} trains on tokens of older weights, which biases the gradient; set "
+        "rl.loss.importance_level=token (or sequence), or rl.loss.old_logprobs=rollout",
     )
     yield (
         rollout.weights == "int8" and rollout.engine != "local",

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "open_agentrl_jax"
-REMOTE = [f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "servers")]
+REMOTE = [f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "servers", "address")]
 ROOMS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix in ("", ".py")}
 # room or file -> prefixes it must not import
 WALLS = {

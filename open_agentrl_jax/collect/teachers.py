@@ -16,7 +16,7 @@ from open_agentrl_jax.collect.journal import Journal, Play, RememberingEngine, d
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.run.engines import open_generation
+from open_agentrl_jax.run.engines import launch_servers, open_generation, open_pool
 from open_agentrl_jax.run.players import Player, seed_of
 from open_agentrl_jax.run.policy import load_policy, make_chat, open_folder
 from open_agentrl_jax.run.world import World
@@ -91,35 +91,20 @@ def servers(wish: PlayerSpec) -> Teacher:
     """SGLang servers as they are: they keep the weights they were started with, of which nothing is loaded here."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from open_agentrl_jax.rollout.servers import LaunchedServers
-    from open_agentrl_jax.rollout.sglang import SGLangPool
-
     config, rollout = wish.config, wish.config.rollout
     try:
         tokenizer, shape = (of.from_pretrained(wish.model) for of in (AutoTokenizer, AutoConfig))
     except Exception as error:
         raise UserError(f"--teacher={wish.model}: {' '.join(str(error).split())[:300]}") from error
     chat = Chat(tokenizer, wish.world.schemas)
-    context = config.agent.max_prompt + config.agent.max_response
-    urls, launched = tuple(rollout.servers), None
-    if rollout.launch_servers:
-        launched = LaunchedServers(
-            hf.resolve(wish.model),
-            rollout.launch_servers,
-            log_dir=wish.directory / "servers",
-            context_length=context,
-            max_tokens=rollout.slots * context,
-        )
-        launched.wait()
-        urls += tuple(launched.urls)
-    pool = SGLangPool(urls, vocab_size=shape.vocab_size, context_length=context, deadline=rollout.deadline)
+    launched, urls = launch_servers(config, hf.resolve(wish.model), wish.directory / "servers")
+    pool = open_pool(config, urls, wish.loop, vocab_size=shape.vocab_size)
 
     def close() -> None:
         wish.loop.run(pool.close())
         if launched is not None:
             launched.close()
 
-    wish.loop.run(pool.open())
     engine = RememberingEngine(pool.for_evaluation(), wish.journal)
     play = Player(config, engine, chat, wish.world, wish.sampling, wish.phase)
     concurrency = rollout.concurrency or 256 * len(urls)

@@ -1,11 +1,11 @@
-"""Keeps a set of SGLang servers on the trainer's weights: watches them, loads new weights, proves what was loaded.
+"""Keeps a set of SGLang servers on the trainer's weights: watches them, loads new weights, verifies what was loaded.
 
-A server is `ready`, `updating`, `paused` (by somebody else), `down`, or `quarantined` (it has weights that are not the
-trainer's; until the next ones). One that comes back gets no work before it has loaded and proven the current weights.
+A server is `ready`, `updating`, `paused` (by somebody else), `down`, or `quarantined` (it has wrong weights and waits
+for the next update). One that comes back gets no work before it has loaded and proven the current weights.
 
-Proof: after every load the server scores the probe, a fixed sequence of ids whose log-probs the trainer's own forward
-gives (`replay`). A load that "succeeds" proves nothing: SGLang takes the weights of another architecture with success.
-The first half of the probe may come from the server's cache, so a cache that was not flushed is seen as well.
+Proof: after every load the server scores the probe, a fixed sequence of ids, and the trainer's own forward (`replay`)
+provides the expected log-probs. A load that "succeeds" proves nothing: SGLang accepts weights of another architecture.
+The first half of the probe may come from the server's cache, so the proof also detects a cache that was not flushed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import collections
 import contextlib
 import logging
 import resource
+import ssl
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -32,15 +33,18 @@ from open_agentrl_jax.rollout.remote import (
     Refused,
     Server,
     ServerError,
+    WrongAddress,
 )
 
-FAILURES = 3  # in a row, before a server that answers probes counts as down
+FAILURES = 3  # consecutive failed requests after which a server that still answers counts as down
+PROGRESS_SECONDS = 10.0  # between two progress lines while no server is usable
+WRONG_ADDRESS_SECONDS = 5.0  # to wait while every address belongs to something else
 
 log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """The servers, and one task each that watches it. All coroutines belong to one event loop."""
+    """The servers, and one watching task per server. All coroutines belong to one event loop."""
 
     def __init__(
         self,
@@ -51,19 +55,22 @@ class Fleet:
         tolerance: float,
         deadline: float,
         outage: float,
+        startup_seconds: float,
         load_seconds: float,
         straggler_seconds: float,
         interval: float,
         stall_seconds: float,
+        api_key: str,
     ):
-        """Nothing is sent yet; for the arguments see `SGLangPool`."""
+        """Sends nothing yet; the arguments are those of `SGLangPool`."""
         self._urls, self._replay, self.probe, self._tolerance = list(urls), replay, list(probe), tolerance
         self._deadline, self._outage, self._load_seconds = deadline, outage, load_seconds
+        self._startup, self._api_key = startup_seconds, api_key
         self._straggler, self._interval, self._stall = straggler_seconds, interval, stall_seconds
         self.servers: list[Server] = []
-        self.version: int | None = None  # None: weights as the servers started with
+        self.version: int | None = None  # None: the weights that the servers were started with
         self.path = ""
-        self._expected: asyncio.Task[np.ndarray] | None = None  # the probe's log-probs by the trainer
+        self._expected: asyncio.Task[np.ndarray] | None = None  # log-probs of the probe under the trainer
         self.updating = False
         self.counts: collections.Counter[str] = collections.Counter()
         self.gauges: dict[str, float] = {}
@@ -71,22 +78,23 @@ class Fleet:
         self._changed = asyncio.Event()
 
     def open(self) -> None:
-        """Begins to watch; a second call does nothing."""
+        """Starts watching; a second call does nothing."""
         if self.servers:
             return
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a request in flight is a socket
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # one socket per request in flight
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
         self._http = aiohttp.ClientSession(
-            # Servers close a connection that was idle for 5 s: one that is taken up just then loses its request.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+            # Servers close connections after 5 idle seconds; a request sent at that moment is lost.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2, ssl=ssl.create_default_context()),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else None,
         )
         self.servers = [Server(self._http, url, 5 * self._interval) for url in self._urls]
         for server in self.servers:
             self.spawn(self._watch(server))
 
     async def close(self) -> None:
-        """Stops watching and closes the connections, which aborts what still runs."""
+        """Stops watching and closes the connections, which aborts running requests."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -95,33 +103,44 @@ class Fleet:
         self.servers = []
 
     def ready(self) -> list[Server]:
-        """The servers that may get work now."""
+        """The servers that may receive requests now."""
         return [] if self.updating else [server for server in self.servers if server.state == READY]
 
     async def until_ready(self, waits: Callable[[], bool] = lambda: True) -> list[Server]:
-        """Waits for a usable server; none where `waits()` became false.
+        """Waits for a usable server; returns none once `waits()` is false. Logs a line per ten seconds of waiting.
 
         Raises:
-            EngineError: none for `outage` seconds, or none can become usable by waiting.
+            EngineError: no server became usable in time, or none can become usable by waiting.
         """
-        until = time.monotonic() + self._outage
+        began, lines = time.monotonic(), 1
         while waits():
             if ready := self.ready():
                 return ready
+            waited, patience = time.monotonic() - began, self._patience()
             if not self.updating and all(s.state == QUARANTINED for s in self.servers):
                 raise EngineError(f"no usable SGLang server: {self._reasons()}")
-            try:
-                async with asyncio.timeout(max(0.0, until - time.monotonic())):
+            if waited >= patience:
+                raise EngineError(f"no usable SGLang server for {patience:.0f} s: {self._reasons()}")
+            if waited >= lines * PROGRESS_SECONDS:
+                log.warning("waiting for SGLang servers, %.0f of %.0f s: %s", waited, patience, self._reasons())
+                lines += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, patience - waited, lines * PROGRESS_SECONDS - waited)):
                     await self.changed()
-            except TimeoutError:
-                message = f"no usable SGLang server for {self._outage:.0f} s: {self._reasons()}"
-                raise EngineError(message) from None
         return []
 
-    async def update(self, path: str, version: int) -> None:
-        """Pause, load, flush, continue, proof: on all servers at once. Those that are down follow when they return.
+    def _patience(self) -> float:
+        """Seconds to wait for a usable server: servers that never answered are given up earlier than lost ones."""
+        if self.updating or any(server.answered for server in self.servers):
+            return self._outage
+        if all(server.wrong_address for server in self.servers):
+            return min(WRONG_ADDRESS_SECONDS, self._startup)
+        return self._startup
 
-        The trainer's side of the proof is computed meanwhile.
+    async def update(self, path: str, version: int) -> None:
+        """Pauses, loads, flushes, continues and verifies all servers at once; servers that are down follow later.
+
+        The trainer computes its side of the proof meanwhile.
         """
         self.open()
         self.updating, began = True, time.monotonic()
@@ -138,7 +157,7 @@ class Fleet:
                 )
                 if not done:
                     slow = ", ".join(server.url for server in self.servers if server.state == UPDATING)
-                    log.warning("weights %d: going on without %s, still loading", version, slow)
+                    log.warning("weights %d: continuing without %s, still loading", version, slow)
                     break
         finally:
             self.updating = False
@@ -148,7 +167,7 @@ class Fleet:
         self.gauges["load_seconds"] = time.monotonic() - began
 
     def failed(self, server: Server, error: ServerError) -> None:
-        """A request failed: have a look at the server, and give it no work after several in a row."""
+        """Counts a failed request: the server is checked at once, and gets no work after several in a row."""
         server.failures += 1
         if server.state == READY and server.failures >= FAILURES:
             server.streak += 1
@@ -157,11 +176,11 @@ class Fleet:
         server.look.set()
 
     async def changed(self) -> None:
-        """Waits until a server's state has changed."""
+        """Waits until the state of a server changes."""
         await self._changed.wait()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
-        """A task that ends with the fleet."""
+        """Starts a task that ends with the fleet."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -175,8 +194,11 @@ class Fleet:
                     condition, tag = await server.look_up()
                     misses = 0
                     await self._judge(server, condition, tag)
-            except ServerError as error:
+            except Exception as error:  # whatever a server sends, the task that watches it goes on
+                if not isinstance(error, ServerError):
+                    log.exception("%s: unexpected error", server.url)
                 misses += 1
+                server.wrong_address = isinstance(error, WrongAddress)
                 if server.state == DOWN:
                     server.reason = str(error)
                 elif server.state != UPDATING and (misses > 1 or "ClientConnector" in str(error)):
@@ -194,7 +216,7 @@ class Fleet:
             await self._sync(server)
         elif server.state == READY and server.version is not None and tag != str(server.version):
             self._down(
-                server, f"has weights {tag!r}, not {server.version}: it was restarted, or somebody loaded others"
+                server, f"has weights {tag!r}, not {server.version}: it was restarted, or somebody replaced them"
             )
         elif server.state == READY and condition == PAUSED:
             server.state, server.reason = PAUSED, "paused by somebody else"
@@ -206,7 +228,7 @@ class Fleet:
                 self._down(server, "answers, but generates nothing")
 
     async def _sync(self, server: Server) -> None:
-        """Brings a server to the newest weights and proves them; what runs on it waits."""
+        """Brings a server to the newest weights and verifies them; its running requests wait."""
         async with server.lock:
             if server.state == READY and server.version == self.version:
                 return
@@ -215,7 +237,7 @@ class Fleet:
             try:
                 await server.join()
                 await self._load(server)
-                while server.version != self.version:  # newer ones came meanwhile
+                while server.version != self.version:  # newer weights arrived meanwhile
                     await self._load(server)
                 server.state, server.failures = READY, 0
             except ServerError as error:
@@ -224,6 +246,9 @@ class Fleet:
                 server.state, server.reason = QUARANTINED, f"{self.path}: {error}"
                 self.counts["quarantines"] += 1
                 log.error("%r", server)
+            except Exception as error:
+                log.exception("%s: unexpected error", server.url)
+                self._down(server, f"loading the weights: {type(error).__name__}: {error}")
             self._set_clocks(server, self._deadline if server.state == READY else 0)
             self._wake()
 
@@ -238,20 +263,20 @@ class Fleet:
         loaded = time.monotonic()
         tag = await server.weights()
         if tag != str(version):
-            raise Refused(f"it loaded weights {version} and says it has {tag!r}")
+            raise Refused(f"it loaded weights {version} and reports {tag!r}")
         if expected is not None:
             start = len(self.probe) // 2
             scored = await server.score(self.probe, start)
             try:
                 wanted = (await asyncio.shield(expected))[start + 1 :]
-            except Exception as error:  # it is raised in `update` too
-                raise Refused(f"the trainer's own log-probs are not known: {error}") from None
+            except Exception as error:  # `update` raises it too
+                raise Refused(f"the trainer's own log-probs are unknown: {error}") from None
             difference = float(np.mean(np.abs(scored - wanted)))
             self.gauges |= {"probe_difference": difference, "proof_seconds": time.monotonic() - loaded}
             if not difference <= self._tolerance:
                 raise Refused(
-                    f"the log-probs of weights {version} differ from the trainer's by {difference:.3f} nats a token, "
-                    f"{self._tolerance} are tolerated: the folder is not what the trainer published"
+                    f"the log-probs of weights {version} differ from the trainer's by {difference:.3f} nats per token "
+                    f"(tolerance {self._tolerance}): the folder is not what the trainer published"
                 )
         self.gauges["server_load_seconds"] = loaded - began
         server.version = version
@@ -259,14 +284,14 @@ class Fleet:
     def _down(self, server: Server, reason: str) -> None:
         server.state, server.reason = DOWN, reason
         self.counts["servers_lost"] += server.joined
-        log.warning("%r; %d requests go on elsewhere", server, len(server.requests))
+        log.warning("%r; %d requests move to other servers", server, len(server.requests))
         self._set_clocks(server, 0)
         self._wake()
 
     def _set_clocks(self, server: Server, seconds: float | None) -> None:
         when = None if seconds is None else asyncio.get_running_loop().time() + seconds
         for clock in server.requests.values():
-            with contextlib.suppress(RuntimeError):  # it has just run out
+            with contextlib.suppress(RuntimeError):  # the deadline has just passed
                 clock.reschedule(when)
 
     def _wake(self) -> None:

@@ -1,18 +1,20 @@
-"""One SGLang server: its HTTP interface and what is known of it. What to do about it is decided in rollout/fleet.py.
+"""Client of one SGLang server: requests, answers, and what is known about the server. Policy is in rollout/fleet.py.
 
-HTTP is aiohttp's: with 1,000 requests in flight (2,000 ids in, 256 tokens with log-probs out) it takes 0.7 CPU-seconds
-for 1,000 turns on this client and httpx 35, whose connection pool walks all connections for each request. Answers are
-streamed, 64 tokens a piece, so that what a dying server has sent is not lost; that costs 4 % more than one answer at
-the end. Servers started without --incremental-streaming-output are not asked to: they repeat all tokens in every piece.
+The client is aiohttp: with 1,000 requests in flight (2,000 ids in, 256 tokens with log-probs out) it needs 0.7
+CPU-seconds per 1,000 turns, httpx 35. Answers are streamed in pieces of 64 tokens, so that a dying server loses few
+tokens; this costs 4 % more than one answer at the end. Servers without --incremental-streaming-output do not stream,
+because they repeat all tokens in every piece.
 
-Facts of sglang 0.5.23 that shape this file (each was seen):
- - An id outside the vocabulary kills the server: ids are checked before they are sent.
- - finish_reason "abort" comes with HTTP 200 and a partial output; errors have three shapes of JSON, also in the stream.
- - weight_versions, the spans of versions that sampled the output, come with the last piece only.
- - While paused, new requests hang and are not aborted by their rid, only by closing the connection; then /ready says
-   503 and /ping 200.
- - /update_weights_from_disk flushes the cache itself (in 10 ms, where /flush_cache takes 0.4 s) and accepts weights of
-   another architecture with success: only log-probs prove what was loaded.
+Two dialects are spoken: SGLang's, and that of sglang-jax under third_party/sglang_jax/launch.py. The server's own
+/server_info selects one.
+
+Behaviour of sglang 0.5.23 that shapes this file (all observed):
+ - An id outside the vocabulary kills the server, so ids are checked before they are sent.
+ - finish_reason "abort" comes with HTTP 200 and a partial output; errors have three JSON shapes, also in the stream.
+ - weight_versions, the version spans of the output, come with the last piece only.
+ - While paused, new requests hang; only closing the connection aborts them. /ready then returns 503 and /ping 200.
+ - /update_weights_from_disk flushes the cache (10 ms; /flush_cache takes 0.4 s) and reports success for weights of
+   another architecture: only log-probs prove which weights were loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -29,25 +32,45 @@ import aiohttp
 import numpy as np
 import tenacity
 
-STREAM_INTERVAL = 64  # tokens a piece
+from open_agentrl_jax.rollout.address import base_url, proxy_for
+
+STREAM_INTERVAL = 64  # tokens per piece
 READY, PAUSED, UPDATING, DOWN, QUARANTINED = "ready", "paused", "updating", "down", "quarantined"
 
 
 class ServerError(Exception):
-    """The server, or the way to it, failed: another one, or a later try, may do better."""
+    """The server or the connection failed; another server or a later attempt may succeed."""
 
 
 class Silent(ServerError):
     """The server did not answer in time."""
 
 
+class WrongAddress(ServerError):
+    """Something answers at the address, but it is no server that this client may use."""
+
+
 class Refused(Exception):
-    """The server understood and said no: repeating does not help."""
+    """The server rejected the request; a retry does not help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """Differences between server implementations."""
+
+    name: str
+    spare_tokens: int = 0  # of the context that a request must leave unused
+    scoring_tokens: int = 0  # that a request must generate when only its prompt is scored
+    renormalises: bool = True  # returns log-probs of the truncated distribution on request
+
+
+SGLANG = Dialect("sglang")
+SGLANG_JAX = Dialect("sglang-jax", spare_tokens=1, scoring_tokens=1, renormalises=False)
 
 
 @dataclasses.dataclass
 class Piece:
-    """Part of an answer. `finish` and `spans` (version, start, end) come with the last one."""
+    """Part of an answer. The last piece has `finish` and `spans` (version, start, end)."""
 
     ids: list[int]
     logprobs: list[float]
@@ -58,7 +81,7 @@ class Piece:
 
 
 _persistent = tenacity.retry(
-    retry=tenacity.retry_if_exception(lambda error: type(error) is ServerError),  # who is silent has had its time
+    retry=tenacity.retry_if_exception(lambda error: type(error) is ServerError),  # a timeout has already waited
     stop=tenacity.stop_after_attempt(3),
     wait=tenacity.wait_exponential_jitter(0.1, 2.0),
     reraise=True,
@@ -66,40 +89,46 @@ _persistent = tenacity.retry(
 
 
 class Server:
-    """A base URL, its state, and the calls that are made to it."""
+    """A base URL, its state, and the requests it understands."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str, patience: float = 10.0):
-        """Nothing is sent yet: a server is down until it was seen working. `patience` (seconds) bounds small calls."""
-        self._http, self.url, self._patience = http, url.rstrip("/"), patience
-        self.state, self.reason = DOWN, "not seen yet"
+        """Sends nothing yet; a server is down until it answers. `patience` (seconds) bounds small requests."""
+        self._http, self.url, self._patience = http, base_url(url), patience
+        self._proxy = proxy_for(self.url)
+        self.state, self.reason = DOWN, "no answer yet"
+        self.answered = self.wrong_address = False  # has answered as a server at least once; as something else now
         self.version: int | None = None  # weights that were loaded and proven
-        self.epoch = 0  # counts the times that its weights were touched
-        self.requests: dict[str, asyncio.Timeout] = {}  # rid -> the clock that ends waiting for it
+        self.epoch = 0  # incremented whenever its weights are touched
+        self.requests: dict[str, asyncio.Timeout] = {}  # rid -> deadline
         self.sessions = 0
         self.failures = self.streak = 0  # since the last answer; times it went down since then
         self.retry_at = self.heard_at = 0.0
         self.joined = self.streams = False
-        self.context_length = 0
+        self.dialect = SGLANG
+        self.context_length = 0  # tokens that a request may use; 0 if unknown
         self.lock, self.look = asyncio.Lock(), asyncio.Event()
 
     def __repr__(self) -> str:
         return f"{self.url}: {self.state}" + (f" ({self.reason})" if self.reason else "")
 
     async def generate(self, payload: dict[str, Any], *, renormalised: bool = False) -> AsyncIterator[Piece]:
-        """Sends a request to /generate and yields what comes, at least one piece; the last one has `finish`.
+        """Sends `payload` to /generate and yields at least one piece; the last one has `finish`.
 
         Args:
             payload: the request.
-            renormalised: take the log-probs of the truncated distribution, which `return_sampling_mask` asks for.
+            renormalised: read the log-probs of the truncated distribution, which `return_sampling_mask` requests.
 
         Raises:
-            ServerError: no answer, a broken one, or an error of the server's.
-            Refused: the request cannot be served by this server at all.
+            ServerError: no answer, a malformed one, or an error of the server.
+            Refused: this server cannot serve the request.
         """
+        if renormalised and not self.dialect.renormalises:
+            raise Refused(f"{self.dialect.name} has no log-probs of a truncated distribution; set rollout.top_k to 0")
         key = "output_token_sampling_logprobs" if renormalised else "output_token_logprobs"
         finished = False
+        body = {**payload, "stream": self.streams}
         try:
-            async with self._http.post(f"{self.url}/generate", json={**payload, "stream": self.streams}) as response:
+            async with self._http.post(f"{self.url}/generate", json=body, proxy=self._proxy) as response:
                 if response.status != 200:
                     _raise(response.status, await response.text())
                 async for data in _events(response) if self.streams else _whole(response):
@@ -107,81 +136,92 @@ class Server:
                     self.heard_at = time.monotonic()
                     finished = bool(piece.finish)
                     yield piece
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerError(f"{type(error).__name__}: {error}") from None
         if not finished:
             raise ServerError("the answer ended early")
 
     async def score(self, ids: Sequence[int], start: int) -> np.ndarray:
-        """Log-probs (nats, at temperature 1) of ids[start + 1:], each given all before it.
+        """Log-probs (nats, temperature 1) of ids[start + 1:], each given all ids before it.
 
-        The first `start` ids may come from the server's cache, so that a cache of other weights is seen.
+        The first `start` ids may come from the server's cache, so that a cache of other weights shows.
         """
         answer = await self._post(
             "generate",
             30,
             input_ids=[int(i) for i in ids],
-            sampling_params={"max_new_tokens": 0},
+            sampling_params={"max_new_tokens": self.dialect.scoring_tokens},
             return_logprob=True,
             logprob_start_len=start,
         )
         try:
-            return np.array([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]], np.float32)
+            entries = answer["meta_info"]["input_token_logprobs"][start + 1 - len(ids) :]
+            values = np.array([entry[0] for entry in entries], np.float32)  # null becomes NaN
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"an answer without log-probs: {error}") from None
+        if len(values) != len(ids) - start - 1:
+            raise ServerError(f"{len(ids)} ids were scored with {len(values)} log-probs")
+        if not np.isfinite(values).all():
+            raise Refused("the weights give log-probs that are not finite numbers")
+        return values
 
     async def load(self, path: str, version: str, seconds: float) -> None:
-        """Pause, load, flush, continue. Requests in flight are retracted: the new weights compute their prefix anew.
+        """Pauses, loads, flushes the cache and continues. Running requests recompute their prefix afterwards.
 
         Raises:
-            ServerError: it failed, and what it samples from is unknown.
-            Refused: it cannot load `path`; it goes on with the old weights.
+            ServerError: it failed; which weights the server has is unknown.
+            Refused: the server cannot load `path` and keeps the old weights.
         """
         await self._control("pause_generation", mode="retract")
         try:
-            await self._post(
+            answer = await self._post(
                 "update_weights_from_disk", seconds, model_path=path, weight_version=version, flush_cache=True
             )
         finally:
             await self._control("continue_generation")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise Refused(f"update_weights_from_disk: {answer.get('message')}")
 
     async def abort(self, rid: str) -> None:
-        """Ends one request; an unknown one is no error."""
+        """Aborts one request; an unknown one is no error."""
         await self._control("abort_request", rid=rid)
 
     async def look_up(self) -> tuple[str, str]:
-        """Its condition ("ready" | "paused" | "starting") and the version string of its weights.
+        """Returns the condition ("ready" | "paused" | "starting") and the version string of the weights.
 
         Raises:
-            ServerError: it does not answer.
+            ServerError: no valid answer.
         """
         tag = await self.weights()
+        self.answered, self.wrong_address = True, False
         condition = READY
-        if await self._status("ready") == 503:  # 404: an older server, which cannot tell
+        if await self._status("ready") == 503:  # older servers have no /ready and return 404
             paused = await self._status("ping") == 200
             condition = PAUSED if paused else READY if await self.generates() else "starting"
         return condition, tag
 
     async def weights(self) -> str:
-        """The version string of its weights."""
+        """The version string of the weights."""
         return str((await self._get("model_info")).get("weight_version"))
 
     async def generates(self) -> bool:
-        """Whether tokens come out of it: it makes one itself, or has made some lately. Takes a second at least."""
+        """Whether the server produces tokens: it generates one, or has done so lately. Takes at least a second."""
         return await self._status("health_generate", 30) == 200
 
     @_persistent
     async def resume(self) -> None:
-        """Ends a pause that somebody left."""
+        """Ends a pause that somebody left behind."""
         await self._control("continue_generation")
 
     @_persistent
     async def join(self) -> None:
-        """Learns the limits of the server."""
+        """Reads the implementation and the limits of the server."""
         info = await self._get("server_info")
-        context, pool = info.get("context_length"), info.get("max_total_num_tokens") or info.get("max_total_tokens")
-        self.context_length = min(int(n) for n in (context, pool) if n) if context or pool else 0
-        self.streams = bool(info.get("incremental_streaming_output"))
+        self.dialect = SGLANG_JAX if info.get("implementation") == SGLANG_JAX.name else SGLANG
+        pool = _count(info.get("max_total_num_tokens")) or _count(info.get("max_total_tokens"))
+        limit = min((n for n in (_count(info.get("context_length")), pool) if n), default=0)
+        self.context_length = max(limit - self.dialect.spare_tokens, 0)
+        self.streams = info.get("incremental_streaming_output") is True
         self.joined = True
 
     @_persistent
@@ -197,9 +237,20 @@ class Server:
 
     async def _get(self, name: str) -> dict[str, Any]:
         async with self._call("GET", name, self._patience) as response:
-            if response.status != 200:
-                raise ServerError(f"{name}: HTTP {response.status}")
-            return await response.json(content_type=None)
+            status = response.status
+            if status in (401, 403):
+                raise WrongAddress(f"{name}: HTTP {status}: the server wants an API key; see rollout.api_key_env")
+            if status == 404:
+                raise WrongAddress(f"{name}: HTTP 404: no SGLang server at this address (docs/sglang.md)")
+            if status != 200:
+                raise ServerError(f"{name}: HTTP {status}")
+            try:
+                content = json.loads(await response.read())
+            except ValueError:
+                content = None
+        if not isinstance(content, dict):
+            raise WrongAddress(f"{name}: the answer is not a JSON object, so this is no SGLang server")
+        return content
 
     async def _status(self, name: str, seconds: float = 0.0) -> int:
         async with self._call("GET", name, seconds or self._patience) as response:
@@ -207,9 +258,9 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _call(self, method: str, name: str, seconds: float, **more: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        timeout = aiohttp.ClientTimeout(total=seconds)
+        more |= {"timeout": aiohttp.ClientTimeout(total=seconds), "proxy": self._proxy}
         try:
-            async with self._http.request(method, f"{self.url}/{name}", timeout=timeout, **more) as response:
+            async with self._http.request(method, f"{self.url}/{name}", **more) as response:
                 yield response
         except TimeoutError:
             raise Silent(f"{name}: no answer within {seconds:.0f} s") from None
@@ -223,7 +274,7 @@ def _raise(status: int, body: str) -> None:
 
 
 def _message(body: str) -> str:
-    """The reason in an error's body, which has one of three shapes, or none of them."""
+    """The reason in an error body, which has one of three shapes, or none of them."""
     try:
         content = json.loads(body[body.index("{") :])
         error = content.get("error", content)
@@ -237,7 +288,7 @@ async def _whole(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
-    """The objects of a server-sent event stream. (Reading by lines would bound the length of one.)"""
+    """The objects of a server-sent event stream. (Reading by lines would bound their length.)"""
     buffer = b""
     async for data in response.content.iter_any():
         buffer += data
@@ -247,19 +298,39 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
                 yield json.loads(event[6:])
 
 
-def _piece(data: dict[str, Any], key: str) -> Piece:
+def _piece(data: Any, key: str) -> Piece:
+    if not isinstance(data, dict):
+        raise ServerError("an answer that is not a JSON object")
     if "error" in data:
         error = data["error"] if isinstance(data["error"], dict) else {}
-        _raise(int(error.get("code") or 500), json.dumps(data))
+        _raise(_count(error.get("code")) or 500, json.dumps(data))
     meta = data["meta_info"]
     finish = meta["finish_reason"] or {}
+    if isinstance(finish, str):
+        finish = {"type": finish}
     if finish.get("type") == "abort" and finish.get("status_code"):
-        _raise(int(finish["status_code"]), json.dumps({"message": finish.get("message")}))
+        _raise(_count(finish["status_code"]) or 500, json.dumps({"message": finish.get("message")}))
     ids = data["output_ids"]
-    logprobs = [entry[0] if isinstance(entry, list) else entry for entry in meta[key]] if ids else []
+    if not all(type(i) is int for i in ids):
+        raise ServerError("token ids that are not whole numbers")
+    logprobs = [_finite(entry[0] if isinstance(entry, list) else entry) for entry in meta[key]] if ids else []
     if len(logprobs) != len(ids):
         raise ServerError(f"{len(ids)} tokens came with {len(logprobs)} log-probs")
     spans = [(str(s["version"]), int(s["start"]), int(s["end"])) for s in meta.get("weight_versions") or ()]
-    return Piece(
-        ids, logprobs, finish.get("type", ""), spans, meta.get("prompt_tokens") or 0, meta.get("cached_tokens") or 0
-    )
+    counts = _count(meta.get("prompt_tokens")), _count(meta.get("cached_tokens"))
+    return Piece(ids, logprobs, str(finish.get("type", "")), spans, *counts)
+
+
+def _finite(value: Any) -> float:
+    """A log-prob as a server sends it; null, NaN and infinities would silently spoil an update."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ServerError(f"a log-prob that is not a finite number: {value!r}")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    """A whole number as a server sends it; 0 for anything else ("auto", null)."""
+    try:
+        return max(int(value), 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0

@@ -1,12 +1,12 @@
-"""A pool of remote SGLang servers behind the `Engine` protocol. No JAX: trainers, evaluations and tests share it.
+"""A pool of SGLang servers behind the `Engine` protocol. No JAX: trainers, evaluations and tests share it.
 
-How a request survives: all turns of an episode go to one server, whose cache holds its prefix; a new episode goes to
-the server with the fewest. A request that a server aborted, or that was lost with its server, goes on elsewhere from
-the tokens that had come (all but the last 64 or so). What weights sampled that could not be proven is sampled again.
+All turns of an episode go to one server, whose cache holds the prefix; a new episode goes to the least loaded server.
+A request that a server aborts, or that is lost with its server, continues on another one from the tokens received so
+far (all but the last 64 or so). Tokens sampled from weights that could not be proven are sampled again.
 
-The log-probs of a completion are behaviour log-probs. SGLang does not renormalise them for top-p and top-k; it does so
-when asked for the sampling mask, which needs a top-k. So top-k, and top-p beside a top-k, are right; top-p alone is
-refused.
+The log-probs of a completion are behaviour log-probs. SGLang does not renormalise them for top-p and top-k unless the
+request asks for the sampling mask, which needs a top-k. So top-k, and top-p with top-k, are supported; top-p alone is
+rejected.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from open_agentrl_jax.rollout.address import base_url
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.fleet import Fleet
 from open_agentrl_jax.rollout.remote import DOWN, READY, STREAM_INTERVAL, UPDATING, Piece, Refused, Server, ServerError
 from open_agentrl_jax.types import Completion, Sampling, UserError
 
-ATTEMPTS = 8  # in a row that bring not one token, before a request is given up
+ATTEMPTS = 8  # consecutive attempts without a single token, after which a request fails
 PROBE_LENGTH = 32
 
 
 class _Request:
-    """What one call of `generate` has so far."""
+    """Progress of one call of `generate`."""
 
     def __init__(self, session: str):
         self.session, self.rid, self.released = session, "", False
@@ -45,9 +46,9 @@ class _Request:
 
 
 class SGLangPool:
-    """N servers as one engine; follows `rollout.engine.Engine`. All coroutines belong to one event loop.
+    """Several servers as one engine; implements `rollout.engine.Engine`. All coroutines belong to one event loop.
 
-    It opens itself on first use; `await close()` ends it, or use it as `async with SGLangPool(...) as pool`.
+    It opens on first use; `await close()` it, or use `async with SGLangPool(...) as pool`.
     """
 
     def __init__(
@@ -61,64 +62,75 @@ class SGLangPool:
         tolerance: float = 0.1,
         deadline: float = 600.0,
         outage: float = 600.0,
+        startup_seconds: float = 30.0,
         load_seconds: float = 600.0,
         straggler_seconds: float = 60.0,
         interval: float = 2.0,
         stall_seconds: float = 30.0,
+        api_key: str = "",
     ):
-        """Nothing is sent yet.
+        """Sends nothing yet.
 
         Args:
-            urls: base URLs of the servers.
+            urls: base URLs of the servers (http or https, with a path prefix if there is one).
             vocab_size: ids are checked against it before they are sent: a bad one kills a server.
-            context_length: tokens; 0: the servers' own.
+            context_length: tokens; 0: the limits of the servers.
             replay: the trainer's forward, ids [t] -> log-probs [t] (nats, temperature 1; entry i is of ids[i] given
-                ids[:i], entry 0 is not read). Called once a version, in `update_weights`, with `probe`, in a thread.
-                None: no proof of the weights but their version string.
+                ids[:i], entry 0 is ignored). Called in a thread once per version, in `update_weights`, with `probe`.
+                None: the version string is the only proof of the weights.
             probe: ids that prove weights; empty: 32 fixed pseudo-random ones. Real text suits a trained model better.
             tolerance: mean absolute difference (nats) of the probe's log-probs above which weights are wrong.
-            deadline: seconds of one attempt at a request, weight loads not counted; what came until then is kept.
-            outage: seconds that a request waits while no server is usable, before `EngineError`.
-            load_seconds: of one server's weight load.
-            straggler_seconds: that `update_weights` waits for the slower servers once one is ready.
-            interval: seconds between two looks at a server; five of them without an answer, twice, and it is down.
-            stall_seconds: without a token from a server with work, before it is asked whether it still generates.
+            deadline: seconds per attempt at a request, weight loads excluded; tokens received until then are kept.
+            outage: seconds that a request waits for a usable server before `EngineError`.
+            startup_seconds: the same while no server has ever answered.
+            load_seconds: per weight load of one server.
+            straggler_seconds: that `update_weights` waits for slower servers once one is ready.
+            interval: seconds between two checks of a server; it is down after two timeouts of five intervals each.
+            stall_seconds: without a token from a busy server, after which it must prove that it generates.
+            api_key: sent as a bearer token; empty: none.
+
+        Raises:
+            UserError: no URL, a malformed one, or one that appears twice.
         """
-        if not urls or len(set(urls)) != len(urls):
+        bases = [base_url(url) for url in urls]
+        if not bases or len(set(bases)) != len(bases):
             raise UserError(f"rollout.servers: {list(urls)}: give at least one URL, and each once")
         self.vocab_size, self._context_length, self._deadline = vocab_size, context_length, deadline
         self.probe = list(probe) or np.random.default_rng(0).integers(0, vocab_size, PROBE_LENGTH).tolist()
         self.fleet = Fleet(
-            urls,
+            bases,
             replay=replay,
             probe=self.probe,
             tolerance=tolerance,
             deadline=deadline,
             outage=outage,
+            startup_seconds=startup_seconds,
             load_seconds=load_seconds,
             straggler_seconds=straggler_seconds,
             interval=interval,
             stall_seconds=stall_seconds,
+            api_key=api_key,
         )
         self._counts = self.fleet.counts
         self._homes: dict[str, Server] = {}
         self._running: dict[str, set[_Request]] = collections.defaultdict(set)
-        self._rids = (f"{uuid.uuid4().hex[:12]}-{n}" for n in itertools.count())
+        # Of equal length: servers abort every request whose id starts with the given one.
+        self._rids = (f"{uuid.uuid4().hex[:12]}-{n:012d}" for n in itertools.count())
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, session: str = "") -> Completion:
-        """See `Engine.generate`; UserError for a truncation whose log-probs cannot be known."""
+        """See `Engine.generate`; UserError for a truncation whose log-probs are unknown."""
         return await self._generate(ids, sampling, session, _truncation(sampling))
 
     async def update_weights(self, path: str, version: int) -> None:
-        """See `Engine.update_weights`; servers that are down, or too slow, follow when they can.
+        """See `Engine.update_weights`; servers that are down or too slow follow later.
 
         Raises:
-            EngineError: no server has the weights; with every server's reason.
+            EngineError: no server has the weights; the message has the reason of every server.
         """
         await self.fleet.update(str(path), version)
 
     async def release(self, session: str) -> None:
-        """See `Engine.release`; what still runs returns what it has, with the finish reason "abort"."""
+        """See `Engine.release`; running requests return their tokens with the finish reason "abort"."""
         if server := self._homes.pop(session, None):
             server.sessions -= 1
         for request in self._running.get(session, ()):
@@ -127,22 +139,26 @@ class SGLangPool:
                 self._abort(request.server, request.rid)
 
     def for_evaluation(self) -> _Evaluation:
-        """The same servers as an engine that allows any top-p; log-probs that cannot be known are NaN."""
+        """The same servers as an engine that accepts any top-p; unknown log-probs are NaN."""
         return _Evaluation(self)
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the start and the last values of what is measured, named `rollout/...`."""
+        """Counts since the start and current gauges, named `rollout/...`."""
         states = collections.Counter(f"servers_{server.state}" for server in self.fleet.servers)
         values = {"servers_ready": 0, **self._counts, **self.fleet.gauges, **states}
         return {f"rollout/{name}": float(value) for name, value in values.items()}
 
     async def open(self) -> None:
-        """Connects and begins to watch; returns when one server is usable."""
+        """Connects and starts watching; returns when one server is usable.
+
+        Raises:
+            EngineError: no server became usable in time.
+        """
         self.fleet.open()
         await self.fleet.until_ready()
 
     async def close(self) -> None:
-        """Stops watching and closes the connections, which aborts what still runs."""
+        """Stops watching and closes the connections, which aborts running requests."""
         await self.fleet.close()
 
     async def __aenter__(self) -> SGLangPool:
@@ -182,7 +198,7 @@ class SGLangPool:
         while server := await self._place(request):
             room = min(n for n in (self._context_length, server.context_length, 2**31) if n) - len(prompt)
             if room < 1:
-                raise ValueError(f"{len(prompt)} ids leave no room in the context of {room + len(prompt)}")
+                raise ValueError(f"{len(prompt)} ids leave no room in a context of {room + len(prompt)} tokens")
             had = len(request.ids)
             left = min(sampling.max_tokens, room) - had
             if left < 1:
@@ -190,7 +206,7 @@ class SGLangPool:
             try:
                 finish = await self._attempt(request, server, prompt, sampling, left, extra)
             except Refused as error:
-                raise ValueError(f"{server.url} refuses the request: {error}") from None
+                raise ValueError(f"{server.url} rejects the request: {error}") from None
             except ServerError as error:
                 if request.released:
                     break
@@ -207,7 +223,7 @@ class SGLangPool:
                 self._counts["aborted_by_server"] += 1
             failures = 0 if len(request.ids) > had else failures + 1
             if failures >= ATTEMPTS:
-                raise EngineError(f"{failures} attempts failed; the last: {reason}")
+                raise EngineError(f"{failures} attempts in a row failed, the last one: {reason}")
             if request.ids:
                 self._counts["resumed"] += 1
                 self._counts["tokens_kept"] += len(request.ids) - had
@@ -215,7 +231,7 @@ class SGLangPool:
         return "abort"
 
     async def _place(self, request: _Request) -> Server | None:
-        """The server for the next attempt; None once the session was released."""
+        """The server for the next attempt; None if the session was released."""
         usable = await self.fleet.until_ready(lambda: not request.released)
         if not usable:
             return None
@@ -236,7 +252,7 @@ class SGLangPool:
     async def _attempt(
         self, request: _Request, server: Server, prompt: list[int], sampling: Sampling, left: int, extra: dict[str, Any]
     ) -> str:
-        """One request to one server; what came of it is in `request`, however it ends."""
+        """Sends one request to one server; `request` keeps the tokens, however it ends."""
         rid = request.rid = next(self._rids)
         params = {
             "max_new_tokens": left,
@@ -244,13 +260,13 @@ class SGLangPool:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "stop_token_ids": list(sampling.stop_ids),
-            "sampling_seed": sampling.seed % 2**63,  # heeded under --enable-deterministic-inference only
+            "sampling_seed": sampling.seed % 2**63,  # used only under --enable-deterministic-inference
             "stream_interval": STREAM_INTERVAL,
         }
         ids = prompt + request.ids
         payload = {"rid": rid, "input_ids": ids, "sampling_params": params, "return_logprob": True, **extra}
         pieces: list[Piece] = []
-        version, epoch, known = server.version or 0, server.epoch, 0  # pieces that came before new weights did
+        version, epoch, known = server.version or 0, server.epoch, 0  # pieces received before new weights
         try:
             async with asyncio.timeout(self._deadline) as clock:
                 if not server.requests:
@@ -259,25 +275,25 @@ class SGLangPool:
                 async for piece in server.generate(payload, renormalised="return_sampling_mask" in extra):
                     left -= len(piece.ids)
                     if left < 0 or (piece.ids and not 0 <= min(piece.ids) <= max(piece.ids) < self.vocab_size):
-                        raise ServerError("answered with too many tokens, or with ids outside the vocabulary")
+                        raise ServerError("the answer has too many tokens, or ids outside the vocabulary")
                     pieces.append(piece)
                     known += server.epoch == epoch
         except BaseException as error:
-            # Of an answer without an end only the pieces whose weights are certain can be kept.
+            # Of an unfinished answer only the pieces whose weights are certain are kept.
             self._abort(server, rid)
             for piece in pieces[:known]:
                 self._keep(request, piece, [version] * len(piece.ids), version)
             self._counts["tokens_lost"] += sum(len(piece.ids) for piece in pieces[known:])
             if isinstance(error, TimeoutError):
                 self._counts["timeouts"] += server.state == READY
-                raise ServerError(server.reason or f"no end within {self._deadline:.0f} s") from None
+                raise ServerError(server.reason or f"not finished within {self._deadline:.0f} s") from None
             raise
         finally:
             server.requests.pop(rid, None)
         return await self._finish(request, server, pieces)
 
     async def _finish(self, request: _Request, server: Server, pieces: list[Piece]) -> str:
-        """Takes a whole answer, but nothing that was sampled with weights that the server could not prove."""
+        """Keeps the tokens of a complete answer, except those sampled from weights that the server could not prove."""
         versions = self._versions(pieces)
         newest = max(versions, default=0)
         while server.state == UPDATING and newest > (server.version or 0):
@@ -287,7 +303,7 @@ class SGLangPool:
             self._keep(request, piece, versions[: len(piece.ids)], proven)
             del versions[: len(piece.ids)]
         if newest > proven:
-            raise ServerError(f"sampled with weights that it could not prove: {server.reason}")
+            raise ServerError(f"it sampled from weights that it could not prove: {server.reason}")
         self._counts["prompt_tokens"] += pieces[-1].prompt_tokens
         self._counts["cached_tokens"] += pieces[-1].cached_tokens
         return pieces[-1].finish
@@ -299,14 +315,14 @@ class SGLangPool:
         versions: list[int] = []
         for tag, start, end in pieces[-1].spans:
             if not tag.isdecimal() or start != len(versions):
-                raise ServerError(f"sampled with weights {tag!r}, which this run did not load")
+                raise ServerError(f"it sampled from weights {tag!r}, which this run did not load")
             versions += [int(tag)] * (end - start)
         if len(versions) != count:
             raise ServerError(f"{count} tokens came with {len(versions)} weight versions")
         return versions
 
     def _keep(self, request: _Request, piece: Piece, versions: list[int], proven: int) -> None:
-        count = sum(version <= proven for version in versions)  # versions only grow within an answer
+        count = sum(version <= proven for version in versions)  # versions never decrease within an answer
         self._counts["tokens_lost"] += len(versions) - count
         request.ids += piece.ids[:count]
         request.logprobs += piece.logprobs[:count]
@@ -350,12 +366,12 @@ class _Evaluation:
 
 
 def _truncation(sampling: Sampling) -> dict[str, Any]:
-    """What a request must ask for so that its log-probs are those of the distribution that was sampled from."""
+    """Request fields that make the server return the log-probs of the distribution it samples from."""
     if sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0):
         return {}
     if sampling.top_k:
         return {"return_sampling_mask": True}
     raise UserError(
-        f"rollout.top_p: {sampling.top_p} without rollout.top_k: SGLang does not renormalise its log-probs for it; "
+        f"rollout.top_p: {sampling.top_p} without rollout.top_k: SGLang does not renormalise log-probs for it; "
         "set rollout.top_p to 1, or rollout.top_k (up to 4096) beside it"
     )

@@ -1,7 +1,8 @@
-"""What generates, chosen by `rollout.engine`: the embedded engine, or a pool of SGLang servers."""
+"""The generator that `rollout.engine` selects: the embedded engine, or a pool of SGLang servers."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,37 +14,71 @@ import numpy as np
 
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.parallel import processes
+from open_agentrl_jax.rollout import servers
+from open_agentrl_jax.rollout.address import api_key
 from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.rollout.scheduler import EventLoop
+from open_agentrl_jax.rollout.sglang import SGLangPool
 from open_agentrl_jax.run.policy import Policy
 from open_agentrl_jax.types import UserError
 
 
 @dataclasses.dataclass
 class Generation:
-    """An engine for training and one for evaluation (they may be the same), and how new weights get there."""
+    """An engine for training, one for evaluation (possibly the same), and the way new weights get there."""
 
     engine: Engine
     evaluation: Engine
     publish: Callable[[Any, int], None]  # (params, version); returns when the engine samples from them
-    concurrency: int  # episodes at once
+    concurrency: int  # episodes in parallel
     metrics: Callable[[], dict[str, float]]
     close: Callable[[], None]
 
 
 def open_generation(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
-    """Opens the engine of the config; nothing is published yet."""
+    """Opens the engine of the config; publishes nothing yet."""
     return ENGINES[config.rollout.engine](config, policy, loop, directory)
+
+
+def check_generation(config: Config) -> None:
+    """Finds out in seconds, before anything is trained, whether rollouts can start.
+
+    Raises:
+        UserError: a server is not installed, no server can be reached, or the API key is missing.
+    """
+    rollout = config.rollout
+    if rollout.engine != "sglang":
+        return
+    if rollout.launch_servers:
+        servers.interpreter(rollout.server_kind)
+    key = api_key(rollout.api_key_env)
+    if rollout.servers:
+
+        async def reach() -> None:
+            pool = SGLangPool(rollout.servers, vocab_size=1, startup_seconds=rollout.startup_seconds, api_key=key)
+            try:
+                await pool.open()
+            finally:
+                await pool.close()
+
+        _reported(lambda: asyncio.run(reach()))
+
+
+def _reported(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except EngineError as error:
+        raise UserError(f"rollout.servers: {error}") from error
 
 
 def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
     from open_agentrl_jax.rollout.local import LocalEngine
 
-    # Devices of other processes cannot generate for this one alone: there it takes the whole weights, on one device.
+    # With several processes the engine takes the whole weights on one device: it cannot use devices of the others.
     mesh = policy.mesh if jax.process_count() == 1 else None
     params = processes.whole(policy.params)
     if not processes.first():
-        return _followed(lambda params, version: processes.whole(params))
+        return _follower(lambda params, version: processes.whole(params))
     engine = LocalEngine(
         params,
         policy.config,
@@ -57,7 +92,7 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
 
     def publish(params: Any, version: int) -> None:
         params = processes.whole(params)
-        # The next update gives the state's buffers away; an asynchronous engine still samples from them then.
+        # The next update donates the state's buffers, and an asynchronous engine still samples from them then.
         engine.set_params(jax.tree.map(jnp.copy, params) if config.rl.max_staleness else params, version)
 
     return Generation(
@@ -70,60 +105,115 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
     )
 
 
-def _followed(publish: Callable[[Any, int], Any]) -> Generation:
-    """What a process has that plays no episodes: its part in publishing."""
+def _follower(publish: Callable[[Any, int], Any]) -> Generation:
+    """The part of a process that plays no episodes: it takes part in publishing only."""
     nothing: Any = None
     return Generation(nothing, nothing, publish, 0, dict, lambda: None)
 
 
+def launch_servers(
+    config: Config, model_path: str | Path, log_dir: Path
+) -> tuple[servers.LaunchedServers | None, tuple[str, ...]]:
+    """Starts the servers of `rollout.launch_servers` and returns them with all server addresses of the config.
+
+    Raises:
+        UserError: a server is not installed or does not start.
+    """
+    rollout = config.rollout
+    urls, count = tuple(rollout.servers), rollout.launch_servers
+    if not count:
+        return None, urls
+    context = config.agent.max_prompt + config.agent.max_response
+    flags = _device_flags(config) if servers.has_accelerators(rollout.server_kind) else ()
+    launched = servers.LaunchedServers(
+        model_path,
+        count,
+        log_dir=log_dir,
+        context_length=context + servers.KINDS[rollout.server_kind].spare_tokens,
+        max_tokens=rollout.slots * context,
+        kind=rollout.server_kind,
+        flags=flags,
+    )
+    try:
+        _reported(launched.wait)
+    except BaseException:
+        launched.close()
+        raise
+    return launched, urls + tuple(launched.urls)
+
+
+def _device_flags(config: Config) -> list[tuple[str, ...]]:
+    rollout = config.rollout
+    return [
+        servers.device_flags(
+            rollout.server_kind,
+            index,
+            first_device=rollout.server_first_device,
+            tensor=rollout.server_tensor,
+            memory=rollout.server_memory,
+        )
+        for index in range(rollout.launch_servers)
+    ]
+
+
+def open_pool(config: Config, urls: Sequence[str], loop: EventLoop, *, vocab_size: int, **settings: Any) -> SGLangPool:
+    """Opens a pool over `urls` with the limits of the config.
+
+    Raises:
+        UserError: no server can be reached.
+    """
+    rollout = config.rollout
+    pool = SGLangPool(
+        urls,
+        vocab_size=vocab_size,
+        context_length=config.agent.max_prompt + config.agent.max_response,
+        deadline=rollout.deadline,
+        startup_seconds=rollout.startup_seconds,
+        api_key=api_key(rollout.api_key_env),
+        **settings,
+    )
+    try:
+        _reported(lambda: loop.run(pool.open()))
+    except BaseException:
+        loop.run(pool.close())
+        raise
+    return pool
+
+
 def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
-    from open_agentrl_jax.rollout.servers import LaunchedServers
-    from open_agentrl_jax.rollout.sglang import SGLangPool
     from open_agentrl_jax.train.publish import publish_weights, start_replay
 
     rollout = config.rollout
-    context = config.agent.max_prompt + config.agent.max_response
     root = Path(rollout.weights_dir or directory / "weights")
     proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
     def write(params: Any, version: int, probe: Sequence[int]) -> str:
         path = publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path)
-        proof["logprobs"] = start_replay(params, policy.config, probe)  # by all processes; goes on while servers load
+        proof["logprobs"] = start_replay(params, policy.config, probe)  # on all processes, while servers load
         return str(path)
 
-    weights = None
+    weights: str | Path = ""
     if rollout.launch_servers:
         weights = publish_weights(policy.params, policy.config, root, 0, tokenizer_from=policy.tokenizer_path)
     if not processes.first():
         probe = processes.share([0])
-        return _followed(lambda params, version: write(params, version, probe))
-    launched = None
-    urls = tuple(rollout.servers)
-    if weights is not None:
-        launched = LaunchedServers(
-            weights,
-            rollout.launch_servers,
-            log_dir=directory / "servers",
-            context_length=context,
-            max_tokens=rollout.slots * context,
+        return _follower(lambda params, version: write(params, version, probe))
+    launched, urls = launch_servers(config, weights, directory / "servers")
+    try:
+        pool = open_pool(
+            config, urls, loop, vocab_size=policy.config.vocab_size, replay=lambda ids: proof["logprobs"]()
         )
-        launched.wait()
-        urls += tuple(launched.urls)
-    pool = SGLangPool(
-        urls,
-        vocab_size=policy.config.vocab_size,
-        context_length=context,
-        replay=lambda ids: proof["logprobs"](),
-        deadline=rollout.deadline,
-    )
-    loop.run(pool.open())
+    except BaseException:
+        if launched is not None:
+            launched.close()
+        raise
     processes.share(pool.probe)
 
     def publish(params: Any, version: int) -> None:
         path = write(params, version, pool.probe)
         try:
             loop.run(pool.update_weights(path, version))
-        except EngineError as error:  # without weights no episode can be played: the run ends, and can be continued
+        except EngineError as error:  # no episode can be played without weights; the run can be continued later
             raise UserError(f"rollout.servers: none has the weights of step {version}: {error}") from error
 
     def close() -> None:

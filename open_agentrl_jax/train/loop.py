@@ -80,7 +80,7 @@ def examples(groups: Sequence[Group], advantages: np.ndarray) -> list[Example]:
 
 def warn_of_drift(version: int, numbers: dict[str, Any], tolerance: float) -> None:
     """Says so where engine and trainer disagree about the log-probs of what was sampled."""
-    if (gap := numbers.get("rollout/logprob_difference", 0.0)) > tolerance:
+    if not (gap := numbers.get("rollout/logprob_difference", 0.0)) <= tolerance:  # NaN warns too
         logger.warning(
             "step %d: the engine's log-probs are %.3f nats a token from the trainer's, more than "
             "rl.logprob_tolerance=%g: other weights, another precision or a truncated distribution",

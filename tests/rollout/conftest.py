@@ -19,11 +19,11 @@ def pytest_collection_modifyitems(items):
         return
     reason = ""
     try:
-        servers.python_of_sglang()
+        servers.interpreter()
         if "PYTEST_XDIST_WORKER" in os.environ:
             reason = "real SGLang servers are for one process: pytest -n 0 -m sglang tests/rollout"
     except UserError:
-        reason = f"needs the SGLang server: {servers.INSTALL}, then pytest -n 0 -m sglang tests/rollout"
+        reason = f"needs the SGLang server: {servers.KINDS['sglang'].install}, then pytest -n 0 -m sglang tests/rollout"
     for item in items:
         if reason and "sglang" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))

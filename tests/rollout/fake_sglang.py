@@ -1,6 +1,6 @@
-"""A stand-in for an SGLang server, where none is installed: its tokens follow from the prefix and the weights alone.
+"""A stand-in for an SGLang server: each token follows from the prefix and the weights alone.
 
-So an answer that was put together from parts must equal one that was never broken. It counts what it computed.
+So an answer assembled from parts must equal an uninterrupted one. It counts the tokens it computes.
 """
 
 import asyncio
@@ -24,24 +24,34 @@ def continuation(prompt, count, weights=0):
 
 
 class FakeSGLang:
-    """`async with FakeSGLang() as server`: `server.url`; it goes no further than `hold_at` tokens in all, if given."""
+    """`async with FakeSGLang() as server`: serves at `server.url`; stops at `hold_at` tokens in total, if set.
 
-    def __init__(self, piece=8):
+    `info` is its /server_info, `raw` maps endpoints to literal answers, `nonsense` lists replacements for answers of
+    /generate, one per request: a dict replaces fields of the answer or its meta_info, anything else the whole answer.
+    """
+
+    def __init__(self, piece=8, host="127.0.0.1", prefix="", key="", tls=None):
         self.piece, self.version, self.weights, self.generated = piece, "default", 0, 0
+        self.host, self.prefix, self.key, self.tls = host, prefix, key, tls
         self.running = asyncio.Event()
         self.running.set()
         self.aborted: set[str] = set()
-        self.hold_at = None  # tokens in all
+        self.hold_at = None  # tokens in total
         self.cut_after = None  # tokens of an answer, after which its connection breaks
+        self.down = False  # answers 503
+        self.info = {"context_length": 4096, "incremental_streaming_output": True}
+        self.raw: dict[str, str] = {}
+        self.nonsense: list = []
         self.seen: list[dict] = []
 
     async def __aenter__(self):
         app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{name}", self._handle)
+        app.router.add_route("*", f"{self.prefix}/{{name}}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        await web.TCPSite(self._runner, self.host, 0, ssl_context=self.tls).start()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"http{'s' * bool(self.tls)}://{host}:{self._runner.addresses[0][1]}{self.prefix}"
         return self
 
     async def __aexit__(self, *_):
@@ -50,6 +60,12 @@ class FakeSGLang:
 
     async def _handle(self, request):
         name = request.match_info["name"]
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        if self.down:
+            return web.json_response({}, status=503)
+        if name in self.raw:
+            return web.Response(text=self.raw[name], content_type="application/json")
         body = await request.json() if request.can_read_body else {}
         if name == "generate":
             return await self._generate(request, body)
@@ -61,21 +77,20 @@ class FakeSGLang:
             self.aborted.add(body["rid"])
         elif name == "update_weights_from_disk":
             self.version, self.weights = body["weight_version"], int(body["model_path"])
-        answers = {
-            "model_info": {"weight_version": self.version},
-            "server_info": {"context_length": 4096, "incremental_streaming_output": True},
-        }
+        answers = {"model_info": {"weight_version": self.version}, "server_info": self.info}
         return web.json_response(answers.get(name, {"success": True}))
 
     async def _generate(self, request, body):
         ids, left = list(body["input_ids"]), body["sampling_params"]["max_new_tokens"]
         prompt, spans, self.seen = len(ids), [], [*self.seen, body]
+        nonsense = self.nonsense.pop(0) if self.nonsense else {}
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        if body["stream"]:
+            await response.prepare(request)
         while left:
             await self.running.wait()
             new, start = [], len(ids) - prompt
-            for _ in range(min(left, self.piece)):
+            for _ in range(min(left, self.piece) if body["stream"] else left):
                 new.append(next_token(ids, self.weights))
                 ids.append(new[-1])
             left -= len(new)
@@ -91,7 +106,15 @@ class FakeSGLang:
                 "weight_versions": spans if aborted or not left else None,
                 "prompt_tokens": prompt,
             }
-            await response.write(b"data: " + json.dumps({"output_ids": new, "meta_info": meta}).encode() + b"\n\n")
+            answer = {"output_ids": new, "meta_info": meta}
+            if isinstance(nonsense, dict):
+                answer |= {key: value for key, value in nonsense.items() if key in ("output_ids", "error")}
+                meta |= {key: value for key, value in nonsense.items() if key not in ("output_ids", "error")}
+            else:
+                answer = nonsense
+            if not body["stream"]:
+                return web.json_response(answer)
+            await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")
             if aborted:
                 break
             if self.cut_after is not None and len(ids) - prompt >= self.cut_after:
@@ -104,7 +127,7 @@ class FakeSGLang:
 
 
 def expect(completion, prompt, spans):
-    """The completion is `spans`, [(weights, version, tokens)], one after the other."""
+    """Checks that the completion consists of `spans`, [(weights, version, tokens)], in order."""
     ids, versions = list(prompt), []
     for weights, version, count in spans:
         ids += continuation(ids, count, weights)

@@ -89,5 +89,5 @@ async def test_a_server_that_brings_nothing_is_given_up(monkeypatch):
         await pool.update_weights("5", 1)
         server.cut_after = 0
         server.piece = 0
-        with pytest.raises(EngineError, match="2 attempts failed; the last: "):
+        with pytest.raises(EngineError, match="2 attempts in a row failed, the last one: "):
             await pool.generate(PROMPT, Sampling(LENGTH))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from open_agentrl_jax.rollout.engine import EngineError
-from open_agentrl_jax.rollout.servers import LaunchedServers, python_of_sglang
+from open_agentrl_jax.rollout.servers import LaunchedServers, interpreter
 from open_agentrl_jax.types import UserError
 
 STAND_IN = """#!/bin/sh
@@ -86,4 +86,4 @@ def test_servers_end_with_a_run_that_is_killed(tmp_path, pids):
 def test_a_missing_installation_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("SGLANG_ENV", str(tmp_path))
     with pytest.raises(UserError, match=r"rollout\.launch_servers: .*third_party/sglang/install\.sh"):
-        python_of_sglang()
+        interpreter()

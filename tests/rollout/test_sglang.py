@@ -54,3 +54,10 @@ def test_every_shape_of_error(body, message):
         remote._raise(500, body)
     with pytest.raises(remote.Refused):
         remote._raise(400, body)
+
+
+def test_no_request_id_is_a_prefix_of_another():
+    """Servers abort every request whose id starts with the given one."""
+    pool = make_pool(["http://127.0.0.1:1"])
+    lengths = {len(next(pool._rids)) for _ in range(101)}
+    assert len(lengths) == 1

@@ -32,4 +32,6 @@ def test_log_probs_that_drift_apart_are_told(caplog):
     warn_of_drift(3, {"rollout/logprob_difference": 0.05}, 0.1)
     assert not caplog.text
     warn_of_drift(4, {"rollout/logprob_difference": 0.25}, 0.1)
+    warn_of_drift(5, {"rollout/logprob_difference": float("nan")}, 0.1)
+    assert "step 5" in caplog.text
     assert "step 4: the engine's log-probs are 0.250 nats" in caplog.text and "rl.logprob_tolerance=0.1" in caplog.text
