@@ -44,7 +44,9 @@ class Model:
         "", "empty: the one in `path`, or, for a new model, one trained on the synthetic corpus", path=True
     )
     template: str = setting(
-        "auto", "chat template; auto: the tokenizer's, own: ChatML with Hermes tool calls, else a template file"
+        "auto",
+        "chat template; auto: the tokenizer's, own: ChatML with Hermes tool calls, else a template file",
+        path=True,
     )
     compute_dtype: str = setting(
         "auto", "auto: bfloat16 on an accelerator, float32 on CPU", choices=("auto", "float32", "bfloat16")

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.data.conversations import Conversation as Conversation
+from open_agentrl_jax.data.conversations import from_chat
 from open_agentrl_jax.data.conversations import read_conversations as read_conversations
 from open_agentrl_jax.data.rows import BadRow, Table, decode, read_table, write_parquet
+from open_agentrl_jax.rewards.choice import letter
+from open_agentrl_jax.rewards.math import chain, last_box
 from open_agentrl_jax.types import Message, Task, UserError
 
 TaskTable = Table[Task]
@@ -59,6 +62,11 @@ TEMPLATES: dict[str, Template] = {
         "Finish with the letter of the right option in \\boxed{}.",
         "choice",
     ),
+    "choice": Template(
+        "Here is a multiple-choice question, of which one option is right.",
+        "Finish with the letter of the right option in \\boxed{}.",
+        "choice",
+    ),
     "code": Template(
         "Here is a programming problem.",
         "Finish with the whole program in one ```python block. It is run on tests that you do not see.",
@@ -72,7 +80,8 @@ TEMPLATES: dict[str, Template] = {
 # the first pattern found in "<ability> <source>" names the template; mathematics is what remains
 _FAMILIES = (
     ("code", r"\bcode|coding|leetcode|livecodebench|codeforces|program"),
-    ("gpqa", r"gpqa|choice"),
+    ("gpqa", r"gpqa"),
+    ("choice", r"choice"),
     ("gsm8k", r"gsm8k"),
     ("aime", r"aime"),
     ("science", r"scien|physic|chemi|biolog"),
@@ -207,10 +216,72 @@ def _gsm8k(row: dict[str, Any]) -> Problem:
 def _plain(row: dict[str, Any]) -> Problem:
     answer = _pick(row, "answer", "final_answer", "reference_answer", "expected_answer")
     if answer is None and isinstance(row.get("solution"), str):
-        boxes = re.findall(r"\\boxed\{([^{}]*)\}", row["solution"])
-        answer = boxes[-1] if boxes else None
+        answer = chain(row["solution"]) or last_box(row["solution"])
     source = _text(_pick(row, "data_source", "source"))
-    return Problem(_text(_pick(row, "problem", "question", "prompt")), _text(answer), source, id=_text(row.get("id")))
+    text, messages = _put(_pick(row, "problem", "question", "prompt", "messages"))
+    return Problem(text, _answer(answer), source, id=_text(row.get("id")), messages=messages)
+
+
+def _put(prompt: Any) -> tuple[str, list[Message]]:
+    """The problem's text in a prompt, which is text or a list of messages; and the messages where they are several."""
+    prompt = decode(prompt)
+    if prompt is None or isinstance(prompt, str):
+        return prompt or "", []
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        raise BadRow("no prompt: it must be text or a list of messages")
+    messages = [from_chat({"role": "user", **m}) for m in prompt if not _empty(m.get("content"))]
+    return messages[-1].content if messages else "", messages if len(messages) > 1 else []
+
+
+def _answer(value: Any) -> str | list[str]:
+    """An answer as text; of a list of answers any one counts as right."""
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
+        raise BadRow("the answer must be text, a number or a list of them")
+    if isinstance(value, list):
+        texts = list(dict.fromkeys(_text(v).strip() for v in value if not _empty(v)))
+        return texts if len(texts) > 1 else "".join(texts)
+    return _text(value)
+
+
+LETTERS = "ABCDEFGHIJ"  # those that the grader of choices reads
+
+
+def _choice(row: dict[str, Any]) -> Problem:
+    """A question with a column of options: a list, a dictionary by label, or {"text": [...], "label": [...]}."""
+    options = decode(_pick(row, "choices", "options"))
+    labels: list[str] = []
+    if isinstance(options, dict):
+        texts, named = options.get("text"), options.get("label") or options.get("labels")
+        if not isinstance(texts, list):
+            texts, named = list(options.values()), list(options)
+        labels, options = [_text(label).strip() for label in named or ()], texts
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or any(map(_empty, options)):
+        raise BadRow(f"the options must be a list of 2 to {len(LETTERS)} texts")
+    texts = [re.sub(r"^\(?[A-J][).:]\s*", "", _text(o).strip()) for o in options]
+    if len(labels) != len(texts):
+        labels = list(LETTERS[: len(texts)])
+    answer = _pick(row, "answerkey", "answer", "correct_answer", "answer_index", "label", "target")
+    right = _option(answer, texts, labels)
+    question = _text(_pick(row, "question", "problem", "prompt"))
+    if not all(text in question for text in texts):
+        question += "\n\n" + "\n".join(f"({x}) {text}" for x, text in zip(LETTERS, texts, strict=False))
+    source = _text(_pick(row, "data_source", "source", "dataset"))
+    return Problem(question, LETTERS[right], source, "choice", _text(row.get("id")))
+
+
+def _option(answer: Any, texts: list[str], labels: list[str]) -> int:
+    """Which option an answer names: by its number from 0, its label, its letter or its text."""
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and answer in range(len(texts)):
+        return int(answer)
+    named = _text(answer).strip()
+    bare = named.strip("(). ")
+    for known in (labels, LETTERS[: len(texts)], texts):
+        for spelled in (named, bare):
+            if spelled in known and (spelled or not isinstance(known, str)):
+                return known.index(spelled)
+    if named.isdigit() and int(named) < len(texts):
+        return int(named)
+    raise BadRow(f"no answer: {named!r} names none of the {len(texts)} options")
 
 
 def _gpqa(row: dict[str, Any]) -> Problem:
@@ -228,24 +299,20 @@ def _gpqa(row: dict[str, Any]) -> Problem:
         return Problem(
             question, "ABCD"[order.index(0)], "gpqa", "gpqa", _text(_pick(row, "record id", "id")), extra=extra
         )
-    letter = re.search(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\b", _text(row.get("solution")))
-    answer = letter[1] if letter else _text(_pick(row, "answer"))
+    boxed = letter(last_box(_text(row.get("solution"))) or "")
+    answer = boxed or _text(_pick(row, "answer"))
     if not re.fullmatch(r"\(?[A-Z]\)?\.?", answer.strip()):
         raise BadRow("no answer: the solution boxes no letter")
     return Problem(question, answer.strip("(). "), "gpqa", "gpqa", _text(row.get("id")), extra=extra)
 
 
 def _verl(row: dict[str, Any]) -> Problem:
-    prompt, reward, extra = (decode(row.get(k)) for k in ("prompt", "reward_model", "extra_info"))
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
-        raise BadRow("no prompt: it must be a list of messages")
+    reward, extra = (decode(row.get(k)) for k in ("reward_model", "extra_info"))
+    text, messages = _put(row.get("prompt"))
+    if not text.strip():
+        raise BadRow("no prompt: it must be text or a list of messages")
     if not isinstance(reward, dict):
         raise BadRow("no answer: reward_model must be an object with ground_truth")
-    messages = [
-        Message(_text(m.get("role")) or "user", _text(m.get("content"))) for m in prompt if not _empty(m.get("content"))
-    ]
     extra = {k: v for k, v in extra.items() if v is not None} if isinstance(extra, dict) else {}
     answer, name, source = decode(reward.get("ground_truth")), "", _text(row.get("data_source"))
     if isinstance(answer, dict):  # only the grader of code takes an object; null columns come from the parquet schema
@@ -254,11 +321,11 @@ def _verl(row: dict[str, Any]) -> Problem:
         answer = answer[0] if len(answer) == 1 else answer  # several right answers: any one will do
     else:
         answer = _text(reward.get("ground_truth"))
-    text = messages[-1].content if messages else ""
     identity = _text(_pick(extra, "id", "index")).removeprefix(f"{source}/")
-    whole = len(messages) > 1 or extra.get("verbatim")
+    if extra.get("verbatim") and not messages:
+        messages = [from_chat({"role": "user", **m}) for m in decode(row["prompt"])]
     kept = {k: v for k, v in extra.items() if k not in ("id", "index", "grader", "family", "problem", "verbatim")}
-    return Problem(text, answer, source, name, identity, messages if whole else [], kept)
+    return Problem(text, answer, source, name, identity, messages, kept)
 
 
 class _TextOnly(pickle.Unpickler):
@@ -312,6 +379,7 @@ FORMATS: dict[str, Reader] = {
     "verl": _verl,
     "livecodebench": _livecodebench,
     "gpqa": _gpqa,
+    "choice": _choice,
     "gsm8k": _gsm8k,
     "aime": _plain,
     "plain": _plain,
@@ -320,6 +388,7 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
     ("verl", lambda r: "prompt" in r and "reward_model" in r),
     ("livecodebench", lambda r: "question_content" in r),
     ("gpqa", lambda r: "correct answer" in r or ("domain" in r and "solution" in r and "answer" not in r)),
+    ("choice", lambda r: any(isinstance(decode(r.get(k)), list | dict) and r[k] for k in ("choices", "options"))),
     ("gsm8k", lambda r: "question" in r and "####" in str(r.get("answer"))),
     ("plain", lambda r: any(k in r for k in ("problem", "question", "prompt"))),
 )

@@ -46,8 +46,14 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
         tasks, notes = table, []
         if table.skipped:
             notes.append(f"{path}: skipped {len(table.skipped)} rows, e.g. {table.skipped[0]}")
-    count = min(len(tasks), (evaluation and config.data.eval_limit) or len(tasks))
-    fitting = [i for i in range(count) if len(chat.prompt(tasks[i].messages)) <= config.agent.max_prompt]
+    chosen = list(range(len(tasks)))
+    if evaluation and len(distinct := _distinct(tasks)) < len(chosen):
+        # Copies of a problem are samples of it, not problems: counted as such they make intervals too narrow.
+        notes.append(f"{path}: {len(chosen)} rows hold {len(distinct)} problems; each is evaluated eval.samples times")
+        chosen = distinct
+    chosen = chosen[: (evaluation and config.data.eval_limit) or None]
+    count = len(chosen)
+    fitting = [i for i in chosen if len(chat.prompt(tasks[i].messages)) <= config.agent.max_prompt]
     if len(fitting) < count:
         notes.append(
             f"{path}: dropped {count - len(fitting)} of {count} problems, longer with the tool's schema than "
@@ -56,6 +62,14 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
     if not fitting:
         raise UserError(f"{path}: no problem fits agent.max_prompt={config.agent.max_prompt} tokens; raise it")
     return Subset(tasks, fitting), notes
+
+
+def _distinct(tasks: Source[Task]) -> list[int]:
+    """The index at which each pair of problem and answer stands first."""
+    first: dict[str, int] = {}
+    for i, task in enumerate(tasks):
+        first.setdefault(repr((task.messages, task.answer)), i)
+    return list(first.values())
 
 
 def training_problems(config: Config, chat: Chat) -> tuple[Mixture[Task], list[str]]:

@@ -80,6 +80,70 @@ def test_each_format(tmp_path, row, answer, name, source, problem):
     assert message.content.startswith(TEMPLATES[name].preamble) and message.content.endswith(TEMPLATES[name].ending)
 
 
+def only(tmp_path, row):
+    (task,) = read_tasks(write(tmp_path / "a.jsonl", [row]))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"problem": "p", "solution": r"first \boxed{3}, finally \boxed{\frac{3}{4}}"}, r"\frac{3}{4}"),
+        ({"problem": "p", "solution": r"so x is \boxed{1} or \boxed{2}"}, "1, 2"),
+        ({"question": "p", "final_answer": ["3", "5"]}, ["3", "5"]),
+        ({"question": "p", "final_answer": ["3"]}, "3"),
+        ({"question": "p", "answer": [3, 5.0]}, ["3", "5"]),
+    ],
+)
+def test_the_answer_of_a_plain_row(tmp_path, row, answer):
+    assert only(tmp_path, row).answer == answer
+
+
+@pytest.mark.parametrize("answer", [{"value": 3}, [[1, 2]], []])
+def test_an_answer_that_is_no_text_is_a_bad_row(tmp_path, answer):
+    table = read_tasks(write(tmp_path / "a.jsonl", [AIME, {"question": "q", "answer": answer}]))
+    assert len(table) == 1 and "answer" in table.skipped[0]
+
+
+def test_a_prompt_of_messages_beside_an_answer(tmp_path):
+    task = only(tmp_path, {"prompt": [{"role": "user", "content": "Q"}], "answer": "5"})
+    assert task.extra["problem"] == "Q" and "{" not in task.messages[0].content.replace("\\boxed{}", "")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Q"}]}]
+    task = only(tmp_path, {"prompt": json.dumps(asked), "answer": "5"})
+    assert [(m.role, m.content) for m in task.messages] == [("system", "Be brief."), ("user", "Q")]
+
+
+MMLU = {"question": "Which is prime?", "choices": ["4", "7", "9", "8"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MMLU,
+        {**MMLU, "answer": "B"},
+        {**MMLU, "answer": "(B)"},
+        {**MMLU, "answer": "7"},
+        {"question": MMLU["question"], "options": ["A) 4", "B) 7", "C) 9", "D) 8"], "answer": "B"},
+        {"question": MMLU["question"], "options": {"A": "4", "B": "7", "C": "9", "D": "8"}, "answer": "B"},
+        {
+            "question": MMLU["question"],
+            "choices": {"text": MMLU["choices"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "2",
+        },
+    ],
+)
+def test_a_multiple_choice_row_shows_its_options(tmp_path, row):
+    task = only(tmp_path, row)
+    assert task.answer == "B" and task.extra["grader"] == "choice"
+    assert "Which is prime?\n\n(A) 4\n(B) 7\n(C) 9\n(D) 8" in task.messages[0].content
+
+
+@pytest.mark.parametrize("change", [{"answer": "E"}, {"answer": 5}, {"choices": ["7"]}, {"choices": ["7", None]}])
+def test_a_choice_without_a_right_option_is_a_bad_row(tmp_path, change):
+    table = read_tasks(write(tmp_path / "a.jsonl", [AIME, {**MMLU, **change}]))
+    assert len(table) == 1 and "option" in table.skipped[0]
+
+
 def test_the_four_options_of_gpqa_are_shuffled_by_the_question_alone(tmp_path):
     rows = [{**GPQA_RAW, "Question": f"Which particle is number {i}?"} for i in range(60)]
     tasks = read_tasks(write(tmp_path / "a.jsonl", rows))
