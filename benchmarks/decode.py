@@ -36,10 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.command import Parser
-from launch.compile import SHAPES
 from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import path_name
+from open_agentrl_jax.planning.shapes import SHAPES
 from open_agentrl_jax.rollout.local import LocalEngine
 from open_agentrl_jax.types import Completion, Sampling
 

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from launch.command import Parser, refuse
-from launch.compile import SHAPES
+from open_agentrl_jax.planning.shapes import SHAPES
 from open_agentrl_jax.types import UserError
 
 GIB = 2**30

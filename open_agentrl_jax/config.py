@@ -158,6 +158,9 @@ class Packing:
 
     rows: int = setting(8, "over the whole mesh; a multiple of mesh data x fsdp; 0: one per device of these axes")
     length: int = setting(0, "a multiple of mesh seq x tensor; 0: prompt + response budget (RL), max_length (SFT)")
+    more_lengths: tuple = setting(
+        (), "other row lengths; each mini-batch takes the one that wastes least (docs/scaling.md)"
+    )
 
 
 @dataclasses.dataclass

@@ -117,7 +117,7 @@ def platform() -> str:
 def roomy() -> bool:
     """Whether the GPU has the shared memory that the tiles of the Triton kernels take, 130 KiB of a multiprocessor."""
     if jax.default_backend() != "gpu":
-        return True  # one that is not here: open_agentrl_jax/planning/gpu_topology.py has none but such
+        return True  # one that is not here: open_agentrl_jax/planning/topologies.py has none but such
     return jax.devices()[0].compute_capability in _ROOMY
 
 

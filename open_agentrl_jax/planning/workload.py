@@ -1,22 +1,24 @@
-"""Trajectories of agentic lengths, to plan and to measure with: many short ones, a few as long as they may be."""
+"""Synthetic trajectories of agentic lengths for planning and benchmarks: many short ones, a few at the limit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from open_agentrl_jax.train.packing import Batch, Example, pack
+from open_agentrl_jax.train.packing import Batch, Example, choose_length, pack
 
 _SPREAD = 0.8  # standard deviation of the logarithm
 
 
 def lengths(count: int, *, mean: int = 4096, cap: int = 23040, seed: int = 0) -> np.ndarray:
-    """`count` log-normal lengths in tokens, of this mean before they are cut at `cap`."""
+    """`count` log-normal lengths in tokens, of this mean before clipping to `cap`."""
     draw = np.random.default_rng(seed).lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, count)
     return np.clip(draw.round().astype(int), 2, cap)
 
 
 def packed(sizes: np.ndarray, *, rows: int, length: int, vocab: int = 2) -> tuple[Batch, int]:
-    """Random tokens of these lengths, all trained on, in packed rows: the Batch and its micro-batches in use."""
+    """Random tokens of these lengths, all trained on, in packed rows: the Batch and its used micro-batches."""
     rng = np.random.default_rng(1)
     examples = [
         Example(
@@ -28,3 +30,25 @@ def packed(sizes: np.ndarray, *, rows: int, length: int, vocab: int = 2) -> tupl
         for size in sizes
     ]
     return pack(examples, rows=rows, length=length)
+
+
+def utilization(sequences: int, *, rows: int, lengths: Sequence[int], longest: int = 0, draws: int = 8) -> float:
+    """Fraction of useful tokens in the micro-batches that hold a mini-batch, as the trainer packs it.
+
+    Args:
+      sequences: per mini-batch; log-normal lengths of mean 4,096 (a quarter of the limit if that is less).
+      rows: per micro-batch.
+      lengths: row lengths to choose from, see `packing.choose_length`.
+      longest: the limit on sequence lengths; 0: the first of `lengths`.
+      draws: mini-batches to average over.
+    """
+    cap = longest or lengths[0]
+    useful = places = 0
+    for seed in range(draws):
+        sizes = _lengths(sequences, mean=min(4096, cap // 4), cap=cap, seed=seed)
+        length, micro_batches = choose_length(sizes, rows=rows, lengths=lengths)
+        useful, places = useful + int(sizes.sum()), places + micro_batches * rows * length
+    return useful / places
+
+
+_lengths = lengths

@@ -13,12 +13,13 @@ import jax
 from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.behaviour import BEHAVIOURS
-from open_agentrl_jax.config import Config, Packing
+from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.parallel import processes, sharding
+from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.train.packing import choose_packing as choose_packing
 from open_agentrl_jax.types import UserError
 
 
@@ -127,20 +128,3 @@ def create_model(config: Config, path: Path) -> None:
 def make_chat(config: Config, tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Chat:
     """The tokenizer's template, with the schemas of the tools (see World)."""
     return Chat(tokenizer, schemas, omit_newline=BEHAVIOURS[config.behaviour].newline_omitted)
-
-
-def choose_packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None) -> Packing:
-    """Rows and length of a micro-batch on this mesh, for sequences of at most `longest` tokens.
-
-    Raises:
-        UserError: the mesh does not divide them.
-    """
-    groups, parts = (1, 1) if mesh is None else (sharding.ways(axes, mesh) for axes in sharding.HIDDEN[:2])
-    rows, length = config.packing.rows or groups, config.packing.length or -(-longest // parts) * parts
-    if rows % groups:
-        raise UserError(
-            f"packing.rows={rows} does not divide by mesh data x fsdp = {groups}; use a multiple, or 0 for one a device"
-        )
-    if length % parts:
-        raise UserError(f"packing.length={length} does not divide by mesh seq x tensor = {parts}; use a multiple, or 0")
-    return Packing(rows, length)

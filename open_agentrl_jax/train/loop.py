@@ -22,7 +22,7 @@ from open_agentrl_jax.behaviour import Behaviour
 from open_agentrl_jax.config import RL, Packing
 from open_agentrl_jax.telemetry.metrics import rollout_metrics, wall_metrics
 from open_agentrl_jax.train.checkpoint import Progress
-from open_agentrl_jax.train.packing import Batch, Example, most_micro_batches, pack
+from open_agentrl_jax.train.packing import Batch, Example, pack_mini_batch
 from open_agentrl_jax.train.progress import Clock, Interrupted, Publish, Run
 from open_agentrl_jax.train.state import TrainState
 from open_agentrl_jax.types import Group
@@ -128,8 +128,6 @@ def train_rl(
         eval_every: steps; 0: never inside the loop.
     """
     share = rl.prompts // rl.mini_batches
-    shape = {"rows": packing.rows, "length": packing.length}
-    shape["micro_batches"] = most_micro_batches(share * rl.samples, packing.rows)
     rescore = rl.loss.old_logprobs == "trainer"
     clock, best, evaluated = Clock(), start.best, start.evaluated
 
@@ -160,7 +158,10 @@ def train_rl(
         with clock("pack"):
             rows = advantages(groups, normalize_std=rl.loss.normalize_std, behaviour=behaviour)
             parts = [slice(i * share, (i + 1) * share) for i in range(rl.mini_batches)]
-            packed = [pack(examples(groups[part], rows[part]), **shape) for part in parts]
+            packed = [
+                pack_mini_batch(examples(groups[part], rows[part]), packing, sequences=share * rl.samples)
+                for part in parts
+            ]
             useful = float(np.mean([batch.useful for batch, _ in packed]))
             placed = [(functions.place(batch), np.int32(used)) for batch, used in packed if used]
         with clock("old_logprobs"):
