@@ -46,7 +46,7 @@ def utilization(sequences: int, *, rows: int, lengths: Sequence[int], longest: i
     useful = places = 0
     for seed in range(draws):
         sizes = _lengths(sequences, mean=min(4096, cap // 4), cap=cap, seed=seed)
-        length, micro_batches = choose_length(sizes, rows=rows, lengths=lengths)
+        length, micro_batches = choose_length(sizes.tolist(), rows=rows, lengths=lengths)
         useful, places = useful + int(sizes.sum()), places + micro_batches * rows * length
     return useful / places
 
