@@ -112,16 +112,17 @@ class Trajectory:
     logprobs: Float32[np.ndarray, " t"]  # behaviour log-prob (nats) of tokens[i] given tokens[:i]; 0 off the mask
     versions: Int32[np.ndarray, " t"]  # weight version that sampled tokens[i]; -1 off the mask
     turns: list[Turn]
-    stop: str  # "answer" | "length" | "turns" | "aborted"
+    stop: str  # "answer" | "length" | "turns" | "aborted" | "error"
     reward: float = 0.0
     accuracy: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     prediction: str = ""  # the answer that the grader found
+    error: str = ""  # with stop "error": the traceback of the tool, grader or environment that raised
 
     @property
     def aborted(self) -> bool:
-        """True where the infrastructure failed: the trajectory is masked, never scored as the model's error."""
-        return self.stop == "aborted"
+        """True where infrastructure or a user's code failed: the trajectory is masked, never scored."""
+        return self.stop in ("aborted", "error")
 
     @property
     def said(self) -> list[Message]:

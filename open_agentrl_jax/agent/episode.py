@@ -1,8 +1,8 @@
-"""The multi-turn loop: one problem, one environment, one token sequence.
+"""The multi-turn loop: one problem, one environment, one policy.
 
-Order of the checks after each generation, as in the reference: the response budget, the turn limit, no call; then the
-calls are run, and their answers dropped where they do not fit. A turn without calls is the last one unless the
-environment goes on.
+`play` serves every policy that answers messages turn by turn. TokenPolicy samples from an engine and keeps one token
+sequence; collect.endpoint.MessagePolicy talks to a chat API. After each turn the loop checks, in the order of the
+reference: response budget, turn limit, no call. Then the calls run; their outputs are dropped if they do not fit.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Awaitable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine, EngineError
-from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn
+from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn, UserError
+
+T = TypeVar("T")
+MAX_TRACEBACK = 8000  # characters kept of a traceback, its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,56 +30,122 @@ class Budget:
     """Limits of an episode; lengths are tokens."""
 
     max_turns: int = 16
-    max_response: int = 20480  # all after the prompt, tool tokens included
+    max_response: int = 20480  # everything after the prompt, tool tokens included
     seconds: float = 1800.0
 
 
 @dataclasses.dataclass
-class _Sequence:
-    """The growing trajectory: ids with their streams, kept in step."""
+class Reply:
+    """One assistant turn."""
 
-    tokens: list[int]
-    mask: list[bool]
-    logprobs: list[float]
-    versions: list[int]
+    content: str  # the words around the calls
+    calls: list[ToolCall]
+    finish: str  # "stop" | "length" | "tool_calls" ...
+    tokens: int = 0  # sampled; 0 where the policy does not count them
+    text: str = ""  # everything that was sampled, calls included; "" where only `content` is known
 
-    def add(self, ids, sampled=False, logprobs=None, versions=None) -> None:
-        self.tokens += [int(i) for i in ids]
-        self.mask += [sampled] * len(ids)
-        self.logprobs += [0.0] * len(ids) if logprobs is None else [float(x) for x in logprobs]
-        self.versions += [-1] * len(ids) if versions is None else [int(x) for x in versions]
 
-    def trajectory(self, turns: list[Turn], stop: str) -> Trajectory:
+class Policy(Protocol):
+    """Answers one conversation, turn by turn."""
+
+    length: int  # response tokens so far, as far as the policy counts them
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Takes the prompt."""
+        ...
+
+    async def reply(self, room: int) -> Reply:
+        """Samples a turn of at most `room` tokens. Raises EngineError where the infrastructure fails."""
+        ...
+
+    def extend(self, messages: Sequence[Message], limit: int) -> bool:
+        """Takes the environment's answer; False where the response would reach `limit` tokens."""
+        ...
+
+    def trajectory(self, turns: list[Turn], stop: str, limit: int) -> Trajectory:
+        """The episode so far, with its token streams and length metrics."""
+        ...
+
+    async def close(self) -> None:
+        """Releases what the policy holds for the episode."""
+        ...
+
+
+class TokenPolicy:
+    """Samples from an engine. Ids of the prompt, of turns and of outputs grow into one sequence, never re-tokenised."""
+
+    def __init__(self, engine: Engine, chat: Chat, sampling: Sampling, session: str = ""):
+        """Binds one episode.
+
+        Args:
+            engine: continues token sequences.
+            chat: template and parser.
+            sampling: temperature and the like; `max_tokens` and `stop_ids` are set turn by turn.
+            session: names the episode to the engine.
+        """
+        self._engine, self._chat, self._sampling, self._session = engine, chat, sampling, session
+        self._tokens: list[int] = []
+        self._mask: list[bool] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self._prompt = self.length = 0
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """See Policy."""
+        self._add(self._chat.prompt(messages))
+        self._prompt, self.length = len(self._tokens), 0
+
+    async def reply(self, room: int) -> Reply:
+        """See Policy."""
+        sampling = dataclasses.replace(self._sampling, max_tokens=room, stop_ids=self._chat.stop_ids)
+        completion = await self._engine.generate(self._tokens, sampling, session=self._session)
+        if completion.finish_reason == "abort":
+            raise EngineError("the engine aborted the request")
+        self._add(completion.ids, True, completion.logprobs, completion.version)
+        text = self._chat.decode(completion.ids.tolist())
+        return Reply(*self._chat.parse(text), completion.finish_reason, len(completion.ids), text)
+
+    def extend(self, messages: Sequence[Message], limit: int) -> bool:
+        """See Policy."""
+        ids = self._chat.following(messages)
+        if self.length + len(ids) >= limit:
+            return False
+        self._add(ids)
+        return True
+
+    def trajectory(self, turns: list[Turn], stop: str, limit: int) -> Trajectory:
+        """See Policy."""
+        response = self.length
+        if self._tokens and self._tokens[-1] in self._chat.stop_ids and response < limit:
+            self._add(self._chat.ending)
         return Trajectory(
-            tokens=np.asarray(self.tokens, np.int32),
-            loss_mask=np.asarray(self.mask, bool),
-            logprobs=np.asarray(self.logprobs, np.float32),
-            versions=np.asarray(self.versions, np.int32),
+            tokens=np.asarray(self._tokens, np.int32),
+            loss_mask=np.asarray(self._mask, bool),
+            logprobs=np.asarray(self._logprobs, np.float32),
+            versions=np.asarray(self._versions, np.int32),
             turns=turns,
             stop=stop,
+            metrics={
+                "response_length": float(response),
+                "prompt_length": float(self._prompt),
+                "tool_tokens": float(response - sum(self._mask)),
+            },
         )
 
+    async def close(self) -> None:
+        """See Policy."""
+        await self._engine.release(self._session)
 
-def record(turn: Turn, step: Step) -> None:
-    """Notes in a turn what the environment answered to it."""
-    turn.tool_outputs = [message.content for message in step.messages]
-    turn.tool_statuses = [result.status for result in step.results]
-    if step.messages:
-        turn.reply_role = step.messages[0].role
+    def _add(self, ids, sampled=False, logprobs=None, versions=None) -> None:
+        self._tokens += [int(i) for i in ids]
+        self._mask += [sampled] * len(ids)
+        self._logprobs += [0.0] * len(ids) if logprobs is None else [float(x) for x in logprobs]
+        self._versions += [-1] * len(ids) if versions is None else [int(x) for x in versions]
+        self.length += len(ids)
 
 
-def after(step: Step, stop: str, calls: Sequence[ToolCall], more: bool) -> str:
-    """Why the episode ends after a step, "" where it goes on.
-
-    Args:
-        step: what the environment answered.
-        stop: why it was to end before that.
-        calls: of the turn.
-        more: whether another turn is allowed.
-    """
-    if stop == "answer" and not calls and not step.done and more:
-        return ""
-    return stop or ("answer" if step.done else "")
+class Fault(Exception):
+    """A tool, grader or environment raised; the cause holds its exception."""
 
 
 async def run(
@@ -88,93 +159,125 @@ async def run(
     session: str = "",
     unreadable_call_ends: bool = False,
 ) -> Trajectory:
+    """Plays one episode with a token engine; see TokenPolicy and `play`."""
+    policy = TokenPolicy(engine, chat, sampling, session)
+    return await play(policy, environment, task, budget, unreadable_call_ends=unreadable_call_ends)
+
+
+async def play(
+    policy: Policy, environment: Environment, task: Task, budget: Budget, *, unreadable_call_ends: bool = False
+) -> Trajectory:
     """Plays one episode to its end.
 
     Args:
-        engine: continues token sequences.
+        policy: answers the messages.
         environment: runs tools and grades.
-        chat: template and parser.
         task: the problem.
-        sampling: temperature and the like; `max_tokens` and `stop_ids` are set here, turn by turn.
         budget: limits of the episode.
-        session: names the episode to engine and tools.
         unreadable_call_ends: a fault of the reference: a turn whose first call cannot be read is the last one.
 
     Returns:
-        The trajectory. `stop` is "aborted" where engine, sandbox or grader failed or the seconds ran out: such a
-        trajectory carries no score. `metrics` has response_length, num_turns, tool_calls, tool_success, ...
+        The trajectory. `stop` is "aborted" where engine, sandbox or grader reported a failure or the seconds ran out,
+        and "error" where a tool, grader or environment raised: then `error` holds the traceback. Neither is scored.
+        `metrics` has response_length, num_turns, tool_calls, tool_success, ...
+
+    Raises:
+        UserError: raised by policy or environment to end the whole command.
     """
     started = time.monotonic()
     turns: list[Turn] = []
-    end = Step([])
-    sequence = _Sequence([], [], [], [])
-    prompt_length = response_length = 0
-    first_call = -1.0  # response tokens sampled before and with the first call
+    end, stop, error, timed_out = Step([]), "", "", False
+    first_call = -1.0  # response tokens sampled up to and with the first call
     try:
         async with asyncio.timeout(budget.seconds):
-            sequence.add(chat.prompt(await environment.reset(task)))
-            prompt_length = len(sequence.tokens)
-            stop = ""
+            policy.start(await _guarded(environment.reset(task)))
             while not stop:
                 turn_started = time.monotonic()
-                room = budget.max_response - (len(sequence.tokens) - prompt_length)
-                completion = await engine.generate(
-                    sequence.tokens,
-                    dataclasses.replace(sampling, max_tokens=room, stop_ids=chat.stop_ids),
-                    session=session,
-                )
-                if completion.finish_reason == "abort":
-                    raise EngineError("the engine aborted the request")
-                sequence.add(completion.ids, True, completion.logprobs, completion.version)
-                text = chat.decode(completion.ids.tolist())
-                content, calls = chat.parse(text)
-                turn = Turn(text, calls)
+                reply = await policy.reply(budget.max_response - policy.length)
+                turn = Turn(reply.text or reply.content, reply.calls)
                 turns.append(turn)
-                response_length = len(sequence.tokens) - prompt_length
-                if calls and first_call < 0:
-                    first_call = float(response_length)
-                if completion.finish_reason == "length" or response_length >= budget.max_response:
+                if reply.calls and first_call < 0:
+                    first_call = float(policy.length)
+                if reply.finish == "length" or policy.length >= budget.max_response:
                     stop = "length"
                 elif len(turns) >= budget.max_turns:
-                    stop = "turns" if calls else "answer"
-                elif not calls or (unreadable_call_ends and calls[0].error):
+                    stop = "turns" if reply.calls else "answer"
+                elif not reply.calls or (unreadable_call_ends and reply.calls[0].error):
                     stop = "answer"
-                end = await environment.step(Message("assistant", content, [] if stop else calls))
-                stop = after(end, stop, calls, len(turns) < budget.max_turns)
+                answered = Message("assistant", reply.content, [] if stop else reply.calls)
+                end = await _guarded(environment.step(answered))
+                stop = _after(end, stop, reply.calls, len(turns) < budget.max_turns)
                 if not stop or end.results:
-                    record(turn, end)
+                    _record(turn, end)
                 if not stop:
                     if end.failed:
                         raise EngineError("a tool failed for a reason that is not the model's")
-                    following = chat.following(end.messages)
-                    if response_length + len(following) >= budget.max_response:
+                    if not policy.extend(end.messages, budget.max_response):
                         stop = "length"
-                        if calls:
-                            end = await environment.step(Message("assistant", content))
-                    else:
-                        sequence.add(following)
+                        if reply.calls:
+                            end = await _guarded(environment.step(Message("assistant", reply.content)))
                 turn.seconds = time.monotonic() - turn_started
-    except (EngineError, TimeoutError) as error:
-        trajectory = sequence.trajectory(turns, "aborted")
-        trajectory.metrics["timed_out"] = float(isinstance(error, TimeoutError))
-    else:
-        closed = sequence.tokens[-1] in chat.stop_ids
-        if closed and response_length < budget.max_response:
-            sequence.add(chat.ending)
-        trajectory = sequence.trajectory(turns, "aborted" if end.failed else stop)
-        trajectory.reward, trajectory.accuracy, trajectory.prediction = end.reward, end.accuracy, end.prediction
+    except (EngineError, TimeoutError) as failure:
+        stop, timed_out = "aborted", isinstance(failure, TimeoutError)
+    except Fault as fault:
+        stop, error = "error", _traceback(fault)
     finally:
-        await environment.close()
-        await engine.release(session)
+        try:
+            await _guarded(environment.close())
+        except Fault as fault:
+            stop, error = "error", error or _traceback(fault)
+        finally:
+            await policy.close()
+    if end.failed and stop != "error":
+        stop = "aborted"
+    trajectory = policy.trajectory(turns, stop, 0 if stop in ("aborted", "error") else budget.max_response)
+    trajectory.error = error
+    if not trajectory.aborted:
+        trajectory.reward, trajectory.accuracy, trajectory.prediction = end.reward, end.accuracy, end.prediction
     statuses = [status for turn in turns for status in turn.tool_statuses]
     trajectory.metrics |= {
-        "response_length": float(response_length),
-        "prompt_length": float(prompt_length),
         "num_turns": float(len(turns)),
         "tool_calls": float(len(statuses)),
         "tool_success": float(sum(status == "ok" for status in statuses)),
         "first_call": first_call,
-        "tool_tokens": float(response_length - sum(sequence.mask)),
         "seconds": time.monotonic() - started,
+        "timed_out": float(timed_out),
     }
     return trajectory
+
+
+async def _guarded(work: Awaitable[T]) -> T:
+    """Awaits the user's code. Whatever it raises becomes a Fault, except what ends an episode or a command."""
+    try:
+        return await work
+    except (EngineError, UserError):
+        raise
+    except Exception as error:
+        raise Fault from error
+
+
+def _traceback(fault: Fault) -> str:
+    assert fault.__cause__ is not None  # _guarded sets it
+    return "".join(traceback.format_exception(fault.__cause__))[-MAX_TRACEBACK:]
+
+
+def _record(turn: Turn, step: Step) -> None:
+    """Keeps in a turn what the environment answered to it."""
+    turn.tool_outputs = [message.content for message in step.messages]
+    turn.tool_statuses = [result.status for result in step.results]
+    if step.messages:
+        turn.reply_role = step.messages[0].role
+
+
+def _after(step: Step, stop: str, calls: Sequence[ToolCall], more: bool) -> str:
+    """Why the episode ends after a step, "" where it goes on.
+
+    Args:
+        step: what the environment answered.
+        stop: the reason known before the step.
+        calls: of the turn.
+        more: whether another turn is allowed.
+    """
+    if stop == "answer" and not calls and not step.done and more:
+        return ""
+    return stop or ("answer" if step.done else "")

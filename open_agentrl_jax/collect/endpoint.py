@@ -1,7 +1,7 @@
-"""A teacher behind an OpenAI-compatible endpoint: its HTTP side, and an episode told in messages instead of tokens.
+"""A teacher behind an OpenAI-compatible endpoint: its HTTP client, and its policy for agent.episode.
 
-Whatever the server does (errors, nonsense, silence) is retried with growing pauses, counted, and at last told as
-`EngineError`, which masks the episode: it is never the model's mistake, and never a wait without end.
+Errors, replies that are no completion, and silence are retried with growing pauses and counted. A request that fails
+for good raises `EngineError`, which masks the episode: it is never the model's mistake, and never an endless wait.
 """
 
 from __future__ import annotations
@@ -10,48 +10,44 @@ import asyncio
 import collections
 import dataclasses
 import json
-import random
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from open_agentrl_jax.agent.chat import parse_tool_calls
-from open_agentrl_jax.agent.environment import Environment, Step
-from open_agentrl_jax.agent.episode import Budget, after, record
+from open_agentrl_jax.agent.episode import Reply
 from open_agentrl_jax.collect.journal import tokenless
 from open_agentrl_jax.rollout.engine import EngineError
-from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn, UserError
+from open_agentrl_jax.types import Message, Sampling, ToolCall, Trajectory, Turn, UserError
 
 ATTEMPTS = 6
 LONGEST_PAUSE = 30.0  # seconds
 MAX_BODY = 32 << 20  # bytes of one reply
-IN_A_ROW = 25  # calls that fail one after the other before the command gives up
-PASSING = {408, 409, 425, 429}  # statuses that another attempt may cure, besides all from 500 on
+IN_A_ROW = 25  # consecutive failed calls after which the command gives up
+PASSING = {408, 409, 425, 429}  # statuses worth another attempt, besides 5xx
 CURES = {
     401: "set OPENAI_API_KEY to a key that it takes",
     403: "set OPENAI_API_KEY to a key that may use this model",
-    404: "check --endpoint (it ends in /v1 mostly) and --endpoint_model",
+    404: "check the address, which mostly ends in /v1, and the model's name",
 }
-
-
-@dataclasses.dataclass
-class Reply:
-    """One assistant message. `finish` is "stop" | "length" | "tool_calls" ...; `tokens` is 0 where it is not told."""
-
-    content: str
-    calls: list[ToolCall]
-    finish: str
-    tokens: int = 0
 
 
 class Nonsense(ValueError):
     """A reply that is no chat completion."""
 
 
+class Failure(Exception):
+    """A request failed; `passing` where another attempt may succeed."""
+
+    def __init__(self, text: str, *, passing: bool):
+        super().__init__(text)
+        self.passing = passing
+
+
 class ChatEndpoint:
-    """Chat completions of one model. Safe to use many times at once from one event loop."""
+    """Chat completions of one model; concurrent requests of one event loop are safe."""
 
     def __init__(
         self,
@@ -67,12 +63,21 @@ class ChatEndpoint:
 
         Args:
             url: the base URL; `/chat/completions` is added.
-            model: the name that the server knows it by.
+            model: its name on the server.
             key: sent as a bearer token; empty: none.
             timeout: seconds of one attempt, all of it.
-            pause: seconds before the second attempt; doubled each time, drawn between half and all of it.
+            pause: seconds; attempt n waits a random time of at most pause * 2**(n - 1).
             transport: in place of the network.
+
+        Raises:
+            UserError: `url` is not a URL of http or https.
         """
+        try:
+            parsed = httpx.URL(url)
+        except (httpx.InvalidURL, ValueError):
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise UserError(f"endpoint {url!r} is not a URL; give one such as https://host/v1")
         self.url, self.model, self._timeout, self._pause = url.rstrip("/"), model, timeout, pause
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -89,46 +94,55 @@ class ChatEndpoint:
             sampling: max_tokens, temperature, top_p and seed are sent; a server may ignore the seed.
 
         Raises:
-            EngineError: no usable reply after ATTEMPTS, or the server will not take this request.
-            UserError: the server will take none (key, address, model), or failed IN_A_ROW calls.
+            EngineError: no usable reply after ATTEMPTS, or the server refuses this request.
+            UserError: the server refuses every request (key, address, model), or IN_A_ROW calls failed.
         """
         body: dict[str, Any] = {"model": self.model, "messages": messages, "seed": sampling.seed}
         body |= {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if tools:
             body["tools"] = tools
         self.counts["calls"] += 1
-        reason = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                self.counts["retries"] += 1
-                await asyncio.sleep(min(LONGEST_PAUSE, self._pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
-            try:
-                async with asyncio.timeout(self._timeout):
-                    status, text = await self._post(body)
-                if status == 200:
-                    reply = read_reply(text)
-                    self._row = 0
-                    return reply
-                reason = f"status {status}"
-            except (httpx.HTTPError, TimeoutError) as error:
-                status, reason = 0, type(error).__name__
-                text = str(error)
-            except Nonsense as error:
-                status, reason, text = 0, "nonsense", str(error)
-            self.counts[reason] += 1
-            said = " ".join(text.split())[:200]
-            if status in CURES:
-                raise UserError(f"--endpoint {self.url}: {reason} ({said}); {CURES[status]}")
-            if 0 < status < 500 and status not in PASSING:
-                break
-        self.counts["failed"] += 1
-        self._row += 1
-        if self._row >= IN_A_ROW:
-            raise UserError(
-                f"--endpoint {self.url}: {self._row} calls in a row failed, the last with {reason} ({said}); what was "
-                "answered is kept, start the same command again when the server is well"
-            )
-        raise EngineError(f"{self.url}: {reason} ({said})")
+
+        def count_retry(state: RetryCallState) -> None:
+            self.counts["retries"] += 1
+
+        try:
+            reply = await AsyncRetrying(
+                stop=stop_after_attempt(ATTEMPTS),
+                wait=wait_random_exponential(multiplier=self._pause, max=LONGEST_PAUSE),
+                retry=retry_if_exception(lambda error: isinstance(error, Failure) and error.passing),
+                before_sleep=count_retry,
+                reraise=True,
+            )(self._attempt, body)
+        except Failure as failure:
+            self.counts["failed"] += 1
+            self._row += 1
+            if self._row >= IN_A_ROW:
+                raise UserError(
+                    f"endpoint {self.url}: {self._row} calls in a row failed, the last with {failure}; finished "
+                    "replies are kept: run the same command again when the server is well"
+                ) from failure
+            raise EngineError(f"{self.url}: {failure}") from failure
+        self._row = 0
+        return reply
+
+    async def _attempt(self, body: dict[str, Any]) -> Reply:
+        """One request. Raises Failure, or UserError where the server will take no request."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                status, text = await self._post(body)
+            if status == 200:
+                return read_reply(text)
+            reason = f"status {status}"
+        except (httpx.HTTPError, TimeoutError) as error:
+            status, reason, text = 0, type(error).__name__, str(error)
+        except Nonsense as error:
+            status, reason, text = 0, "nonsense", str(error)
+        self.counts[reason] += 1
+        detail = " ".join(text.split())[:200]
+        if status in CURES:
+            raise UserError(f"endpoint {self.url}: {reason} ({detail}); {CURES[status]}")
+        raise Failure(f"{reason} ({detail})", passing=not 0 < status < 500 or status in PASSING)
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, str]:
         async with self._http.stream("POST", f"{self.url}/chat/completions", json=body) as response:
@@ -145,7 +159,7 @@ class ChatEndpoint:
 
 
 def read_reply(text: str) -> Reply:
-    """Understands a chat completion. Raises Nonsense for anything that says neither words nor calls."""
+    """Reads a chat completion. Raises Nonsense where there are neither words nor calls."""
     try:
         body = json.loads(text)
         choice = body["choices"][0]
@@ -191,77 +205,43 @@ def wire(messages: list[Message]) -> list[dict[str, Any]]:
     return sent
 
 
-async def converse(
-    ask: Callable[[list[dict[str, Any]], Sampling], Awaitable[Reply]],
-    environment: Environment,
-    task: Task,
-    sampling: Sampling,
-    budget: Budget,
-) -> Trajectory:
-    """Plays one episode with a teacher that takes and gives messages; the rules are those of `agent.episode.run`.
+class MessagePolicy:
+    """A policy of agent.episode that exchanges messages; its trajectories have no tokens.
 
-    Args:
-        ask: gives the next message (`ChatEndpoint.reply`, perhaps remembered).
-        environment: runs the tools and grades.
-        task: the problem.
-        sampling: `max_tokens` is set here, call by call.
-        budget: its max_response counts the teacher's own tokens only, as far as the server tells them.
-
-    Returns:
-        A trajectory without tokens.
+    The response budget counts the tokens that the server reports for its own turns.
     """
-    started = time.monotonic()
-    turns: list[Turn] = []
-    end, stop, spent, first_call, timed_out = Step([]), "", 0, -1.0, False
-    try:
-        async with asyncio.timeout(budget.seconds):
-            messages = list(await environment.reset(task))
-            while not stop:
-                turn_started = time.monotonic()
-                limit = dataclasses.replace(sampling, max_tokens=budget.max_response - spent)
-                reply = await ask(wire(messages), limit)
-                spent += reply.tokens
-                turn = Turn(reply.content, reply.calls)
-                turns.append(turn)
-                message = Message("assistant", reply.content, reply.calls)
-                messages.append(message)
-                if reply.calls and first_call < 0:
-                    first_call = float(spent)
-                if reply.finish == "length" or spent >= budget.max_response:
-                    stop = "length"
-                elif len(turns) >= budget.max_turns:
-                    stop = "turns" if reply.calls else "answer"
-                elif not reply.calls:
-                    stop = "answer"
-                end = await environment.step(Message("assistant", reply.content) if stop else message)
-                stop = after(end, stop, reply.calls, len(turns) < budget.max_turns)
-                if not stop or end.results:
-                    record(turn, end)
-                if not stop:
-                    if end.failed:
-                        raise EngineError("a tool failed for a reason that is not the model's")
-                    messages += end.messages
-                turn.seconds = time.monotonic() - turn_started
-    except (EngineError, TimeoutError) as error:
-        stop, timed_out = "aborted", isinstance(error, TimeoutError)
-    finally:
-        await environment.close()
-    statuses = [status for turn in turns for status in turn.tool_statuses]
-    return tokenless(
-        turns,
-        "aborted" if end.failed else stop,
-        reward=end.reward,
-        accuracy=end.accuracy,
-        prediction=end.prediction,
-        metrics={
-            "response_length": float(spent),
-            "prompt_length": 0.0,
-            "num_turns": float(len(turns)),
-            "tool_calls": float(len(statuses)),
-            "tool_success": float(sum(status == "ok" for status in statuses)),
-            "first_call": first_call,
-            "tool_tokens": 0.0,
-            "seconds": time.monotonic() - started,
-            "timed_out": float(timed_out),
-        },
-    )
+
+    def __init__(self, ask: Callable[[list[dict[str, Any]], Sampling], Awaitable[Reply]], sampling: Sampling):
+        """Binds one episode.
+
+        Args:
+            ask: returns the next message; `ChatEndpoint.reply`, perhaps with a journal around it.
+            sampling: `max_tokens` is set call by call.
+        """
+        self._ask, self._sampling = ask, sampling
+        self._messages: list[Message] = []
+        self.length = 0
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """See episode.Policy."""
+        self._messages = list(messages)
+
+    async def reply(self, room: int) -> Reply:
+        """See episode.Policy."""
+        reply = await self._ask(wire(self._messages), dataclasses.replace(self._sampling, max_tokens=room))
+        self.length += reply.tokens
+        self._messages.append(Message("assistant", reply.content, reply.calls))
+        return reply
+
+    def extend(self, messages: Sequence[Message], limit: int) -> bool:
+        """See episode.Policy; a server counts the tokens of messages itself."""
+        self._messages += messages
+        return True
+
+    def trajectory(self, turns: list[Turn], stop: str, limit: int) -> Trajectory:
+        """See episode.Policy."""
+        metrics = {"response_length": float(self.length), "prompt_length": 0.0, "tool_tokens": 0.0}
+        return tokenless(turns, stop, metrics=metrics)
+
+    async def close(self) -> None:
+        """Nothing is held."""

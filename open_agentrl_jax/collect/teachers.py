@@ -11,7 +11,7 @@ from typing import Any
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.collect.endpoint import ChatEndpoint, Reply, converse
+from open_agentrl_jax.collect.endpoint import ChatEndpoint, MessagePolicy, Reply
 from open_agentrl_jax.collect.journal import Journal, Play, RememberingEngine, digest, key_of, remembered
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.models import hf
@@ -159,7 +159,8 @@ def endpoint(wish: PlayerSpec) -> Teacher:
 
         environment = wish.world.environment(shorten=shorten)
         seed = seed_of(config.seed, wish.phase, task.id, sample, attempt)
-        return await converse(ask, environment, task, dataclasses.replace(wish.sampling, seed=seed), budget)
+        player = MessagePolicy(ask, dataclasses.replace(wish.sampling, seed=seed))
+        return await episode.play(player, environment, task, budget)
 
     return Teacher(
         remembered(play, wish.journal),

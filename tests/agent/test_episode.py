@@ -10,7 +10,7 @@ from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Step, ToolEnvironment, ToolResult
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.rollout.engine import EngineError
-from open_agentrl_jax.types import Completion, Message, Sampling, Score, Task
+from open_agentrl_jax.types import Completion, Message, Sampling, Score, Task, UserError
 
 CALL = '<tool_call>\n{"name": "echo", "arguments": {"text": "%s"}}\n</tool_call>'
 TASK = Task("t", [Message("user", "Ada has 1 card. How many?")], "1")
@@ -130,6 +130,52 @@ def test_a_grader_that_fails_aborts(tokenizer):
 
     t, _, _ = play(tokenizer, "It is 1.", reward=broken)
     assert t.aborted
+
+
+class Broken(ToolEnvironment):
+    """Raises where it is asked to."""
+
+    where = ""
+
+    async def reset(self, task):
+        return self.raising("reset") or await super().reset(task)
+
+    async def step(self, message):
+        return self.raising("step") or await super().step(message)
+
+    async def close(self):
+        self.raising("close")
+
+    def raising(self, place):
+        if place == self.where:
+            raise TimeoutError(f"in {place}") if place == "step" else KeyError(f"in {place}")
+
+
+@pytest.mark.parametrize("where", ["reset", "step", "close", "tool", "grader"])
+def test_code_of_the_user_that_raises_ends_its_episode_and_no_other(tokenizer, where):
+    async def bad_reward(task, text):
+        raise ValueError("in grader")
+
+    class BadTool(Echo):
+        async def __call__(self, call, *, session=""):
+            raise ZeroDivisionError("in tool")
+
+    chat = Chat(tokenizer, [Echo.schema])
+    engine = Scripted(chat, CALL % "hi", "It is 1.")
+    tool, score = (BadTool() if where == "tool" else Echo()), (bad_reward if where == "grader" else reward)
+    environment = Broken([tool], score)
+    environment.where = where
+    t = asyncio.run(episode.run(engine, environment, chat, TASK, Sampling(0), episode.Budget(), session="s"))
+    assert t.stop == "error" and t.aborted and (t.reward, t.accuracy) == (0, 0) and not t.metrics["timed_out"]
+    assert t.error.startswith("Traceback") and f"in {where}" in t.error and engine.released == ["s"]
+
+
+def test_a_user_error_still_ends_the_command(tokenizer):
+    async def refusing(task, text):
+        raise UserError("no key")
+
+    with pytest.raises(UserError, match="no key"):
+        play(tokenizer, "It is 1.", reward=refusing)
 
 
 def test_seconds_run_out(tokenizer):

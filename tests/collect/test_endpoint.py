@@ -7,10 +7,11 @@ import time
 import httpx
 import pytest
 
+from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult
 from open_agentrl_jax.agent.episode import Budget
 from open_agentrl_jax.collect import endpoint
-from open_agentrl_jax.collect.endpoint import ChatEndpoint, Nonsense, Reply, converse, read_reply, wire
+from open_agentrl_jax.collect.endpoint import ChatEndpoint, MessagePolicy, Nonsense, Reply, read_reply, wire
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.types import Message, Sampling, Score, Task, ToolCall, UserError
 
@@ -90,12 +91,18 @@ def test_what_does_not_pass_is_an_error_of_the_infrastructure():
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize(("status", "cure"), [(401, "OPENAI_API_KEY"), (404, "--endpoint_model")])
+@pytest.mark.parametrize(("status", "cure"), [(401, "OPENAI_API_KEY"), (404, "the model's name")])
 def test_a_server_that_will_take_none_ends_the_command(status, cure):
     client, asked = server(status)
     with pytest.raises(UserError, match=cure):
         ask(client)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("url", ["notaurl", "host:80/v1", "ftp://host/v1", "https:///v1", "http://[::1"])
+def test_an_address_that_is_no_url_is_refused_before_anything_is_sent(url):
+    with pytest.raises(UserError, match="is not a URL; give one such as"):
+        ChatEndpoint(url, "m")
 
 
 def test_a_dead_server_ends_the_command_after_some_calls(monkeypatch):
@@ -197,7 +204,9 @@ def play(replies, budget=None, tool=None):
 
     task = Task("t", [Message("user", "twice 3?")], "6")
     environment = ToolEnvironment([tool or Tool()], reward)
-    return asyncio.run(converse(teach, environment, task, SAMPLING, budget or Budget(4, 100, 30.0))), seen
+    return asyncio.run(
+        episode.play(MessagePolicy(teach, SAMPLING), environment, task, budget or Budget(4, 100, 30.0))
+    ), seen
 
 
 CALL = Reply("Doubling.", [ToolCall("f", {"x": 3}), ToolCall("f", {"x": 4})], "tool_calls", 10)
@@ -234,5 +243,7 @@ def test_a_lost_sandbox_aborts_and_a_slow_teacher_runs_out_of_time():
         await asyncio.sleep(30)
 
     task = Task("t", [Message("user", "?")], "6")
-    t = asyncio.run(converse(slow, ToolEnvironment([], reward), task, SAMPLING, Budget(4, 100, 0.05)))
+    t = asyncio.run(
+        episode.play(MessagePolicy(slow, SAMPLING), ToolEnvironment([], reward), task, Budget(4, 100, 0.05))
+    )
     assert t.aborted and t.metrics["timed_out"] == 1.0

@@ -13,7 +13,7 @@ from open_agentrl_jax.agent.environment import Step
 from open_agentrl_jax.rollout.scheduler import play_all
 from open_agentrl_jax.rollout.servers import _members
 from open_agentrl_jax.rollout.sglang import SGLangPool
-from open_agentrl_jax.types import Message, Sampling, Task
+from open_agentrl_jax.types import Message, Sampling, Task, ToolCall
 from tests.rollout.pools import PROMPT, Trainer, batch, check, flowing, make_pool, until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -34,6 +34,9 @@ class Script:
 
     def decode(self, ids):
         return self.call
+
+    def parse(self, text):
+        return "", [ToolCall("tool")]
 
 
 class Turns:

@@ -63,7 +63,7 @@ function facts(trajectory) {
 async function chat(run, row, { full = true, reference = null } = {}) {
   const trajectory = await run.row(row);
   const box = el("article", { class: "trajectory" });
-  const verdict = trajectory.stop === "aborted" ? "aborted" : trajectory.accuracy > 0 ? "right" : "wrong";
+  const verdict = ["aborted", "error"].includes(trajectory.stop) ? "aborted" : trajectory.accuracy > 0 ? "right" : "wrong";
   box.append(el("h3", {}, el("span", { class: `verdict ${verdict}` }, verdict), ` ${figure(trajectory.reward)} · ${trajectory.stop} · sample ${trajectory.sample ?? 0}`));
   if (full) box.append(facts(trajectory));
   const said = full ? [...trajectory.prompt, ...trajectory.messages] : trajectory.messages;
