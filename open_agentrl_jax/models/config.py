@@ -1,4 +1,4 @@
-"""What a model is: the fields of a Hugging Face config.json that we compute with, checked once, hashable."""
+"""The model config: the fields of a Hugging Face config.json that the forward pass needs, validated and hashable."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from open_agentrl_jax.models import rope
 from open_agentrl_jax.types import UserError
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "attention", "offload")
 ATTENTION = ("auto", "plain", "blockwise", "splash", "triton", "cudnn")
-RUN_TIME = ("compute_dtype", "remat", "attention")  # fields that say how a model is run; no config.json holds them
+RUN_TIME = ("compute_dtype", "remat", "attention")  # how a model is run; not part of config.json
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What the architecture can express and this code does not compute: field -> the values that mean "unused".
+# Features that are not implemented: field -> the values that disable it.
 _UNUSED = {
     "hidden_act": (None, "silu", "swish"),
-    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
     "attention_dropout": (None, 0, 0.0),
     "quantization_config": (None,),
 }
+_BIAS_OPTIONAL = ("llama", "qwen3")  # attention_bias adds biases to q, k, v and o
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One dense Qwen2.5 or Qwen3 model. The fields of RUN_TIME say how it is run, the rest what it is.
+    """One dense decoder: Qwen2.5, Qwen3, Llama or Mistral. The fields of RUN_TIME select how it runs.
 
-    `remat` is what the backward pass computes again: "none"; "full" (all but each layer's input); "dots" (all but the
-    matrix products); "attention" (all but the attention's output); "offload" (full, the inputs kept in host memory).
-    `attention` is a name of models/attention.py's table of backends; "auto" lets it choose.
+    `remat` names what the backward pass recomputes: "none"; "full" (everything but each layer's input); "dots"
+    (everything but matrix products); "attention" (everything but the attention output); "offload" (as "full", with the
+    inputs in host memory). `attention` is a backend of models/attention.py; "auto" chooses one. `rope_scaling` holds
+    the non-default part of rope_parameters as sorted pairs, see models/rope.py.
     """
 
     model_type: str
@@ -51,6 +59,8 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    attention_bias: bool = False
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
@@ -60,8 +70,13 @@ class ModelConfig:
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether q, k and v have a bias (Qwen2)."""
-        return self.model_type == "qwen2"
+        """Whether q, k and v have a bias (always in Qwen2)."""
+        return self.model_type == "qwen2" or self.attention_bias
+
+    @property
+    def o_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.attention_bias
 
     @property
     def qk_norm(self) -> bool:
@@ -70,22 +85,23 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | pathlib.Path, **run_time: Any) -> ModelConfig:
-        """Read a config.json: its dictionary, its path, or the folder it is in.
+        """Read a config.json.
 
         Args:
-          source: what to read.
+          source: its contents, its path, or its folder.
           **run_time: the fields of RUN_TIME.
 
         Raises:
-          UserError: a missing or malformed file or field, another architecture, or a feature that is not computed.
+          UserError: a missing or malformed file or field, or an architecture or feature that is not implemented.
         """
         hf, where = (source, "config.json") if isinstance(source, Mapping) else _read(pathlib.Path(source))
-        _refuse_what_we_do_not_compute(hf, where)
+        _refuse_unsupported(hf, where)
         if missing := [name for name in _REQUIRED if hf.get(name) is None]:
             raise UserError(f"{where}: {missing[0]}: missing; copy it from the model's original config.json")
         heads, eos = hf["num_attention_heads"], hf.get("eos_token_id")
         # transformers takes 128 where a Qwen3 config names no head_dim, and hidden / heads where a Qwen2 one does not.
         default_head_dim = 128 if hf["model_type"] == "qwen3" else _divide(hf["hidden_size"], heads, where)
+        theta, scaling = rope.read(hf, where)
         fields: dict[str, Any] = {
             "model_type": hf["model_type"],
             "vocab_size": hf["vocab_size"],
@@ -95,7 +111,9 @@ class ModelConfig:
             "num_heads": heads,
             "num_kv_heads": _or(hf.get("num_key_value_heads"), heads),
             "head_dim": _or(hf.get("head_dim"), default_head_dim),
-            "rope_theta": _rope(hf, where),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "attention_bias": bool(hf.get("attention_bias", False)),
             "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
             "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
             "max_position_embeddings": hf.get("max_position_embeddings", 32768),
@@ -112,8 +130,8 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this model, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
-        return {
+        """The config.json of this model, for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+        hf = {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
@@ -126,18 +144,24 @@ class ModelConfig:
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, **dict(self.rope_scaling)},
             "max_position_embeddings": self.max_position_embeddings,
             "initializer_range": self.initializer_range,
             "tie_word_embeddings": self.tie_word_embeddings,
             "attention_dropout": 0.0,
-            "use_sliding_window": False,
             "sliding_window": None,
             "use_cache": True,
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
             "pad_token_id": self.pad_id,
         }
+        if self.model_type in _BIAS_OPTIONAL:
+            hf["attention_bias"] = self.attention_bias
+        if self.model_type.startswith("qwen"):
+            hf["use_sliding_window"] = False
+        if self.rope_scaling:
+            hf["rope_scaling"] = dict(self.rope_scaling)
+        return hf
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
@@ -145,7 +169,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     try:
         hf = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; give the folder of a Hugging Face model") from None
+        raise UserError(f"{path}: missing; give the folder of a Hugging Face model") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the model's config.json again") from None
     if not isinstance(hf, dict):
@@ -153,32 +177,29 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     return hf, str(path)
 
 
-def _refuse_what_we_do_not_compute(hf: Mapping[str, Any], where: str) -> None:
+def _refuse_unsupported(hf: Mapping[str, Any], where: str) -> None:
     kind, supported = hf.get("model_type"), ", ".join(ARCHITECTURES)
     if kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type: {kind!r} is not supported; use a dense model of type {supported}")
     for name in hf.get("architectures") or ():
         if name != ARCHITECTURES[kind]:
             raise UserError(f"{where}: architectures: {name} is not supported; use {ARCHITECTURES[kind]}")
-    for field, unused in _UNUSED.items():
+    unused_fields = _UNUSED if kind in _BIAS_OPTIONAL else _UNUSED | {"attention_bias": (None, False)}
+    for field, unused in unused_fields.items():
         if hf.get(field) not in unused:
             raise UserError(f"{where}: {field}: {hf[field]!r} is not supported; use a model with {unused[-1]!r}")
 
 
 def _refuse_windows(hf: Mapping[str, Any], where: str, layers: int) -> None:
+    if hf["model_type"] == "mistral":
+        # transformers assumes a window of 4096 where the field is missing.
+        window = hf.get("sliding_window", 4096)
+        if window is not None and window < hf.get("max_position_embeddings", 32768):
+            raise UserError(f"{where}: sliding_window: {window} is not supported; use a model without windows (null)")
     by_layer = hf.get("layer_types")
     slides = "sliding_attention" in by_layer if by_layer else hf.get("max_window_layers", 28) < layers
     if hf.get("use_sliding_window") and hf.get("sliding_window") is not None and slides:
         raise UserError(f"{where}: use_sliding_window: sliding windows are not supported; set it to false")
-
-
-def _rope(hf: Mapping[str, Any], where: str) -> float:
-    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = hf.get(field) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: {field}: rope type {kind!r} is not supported; remove the scaling (type 'default')")
-    return rope.get("rope_theta", hf.get("rope_theta", 10000.0))
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -211,7 +232,7 @@ def _check(c: ModelConfig) -> None:
     if c.num_heads % c.num_kv_heads:
         raise UserError(f"num_kv_heads: {c.num_kv_heads} must divide num_heads {c.num_heads}")
     if c.head_dim % 2:
-        raise UserError(f"head_dim: {c.head_dim} must be even, rotary embeddings turn pairs")
+        raise UserError(f"head_dim: {c.head_dim} must be even: rotary embeddings rotate pairs")
     kinds = {"model_type": tuple(ARCHITECTURES), "compute_dtype": DTYPES, "remat": REMAT, "attention": ATTENTION}
     for field, allowed in kinds.items():
         if getattr(c, field) not in allowed:

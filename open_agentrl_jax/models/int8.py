@@ -1,8 +1,8 @@
-"""Matrices for generation in 8 bits: whole numbers, and one scale for each output channel, symmetric.
+"""8-bit matrices for generation: integers with one symmetric scale per output channel.
 
-Parameters keep their tree; beside each quantised matrix "q" lies its "q_scale". A product multiplies the whole numbers
-in the compute dtype and its result with the scales: a bracket that holds exactly. Norms, biases and an embedding that
-is not the head too stay as they are.
+The tree of parameters keeps its shape; beside each quantised matrix "q" is its "q_scale". A product multiplies the
+integers in the compute dtype, then its result by the scales, which is exact. Norms, biases, and an embedding that is
+not also the head stay as they are.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from open_agentrl_jax.models.params import TABLE
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.parallel.sharding import P
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 SCALE = "_scale"
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "whole"))
 def _quantize(w: jax.Array, axis: int, *, whole: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Whole numbers of -127 to 127, and scales, of which each stands for the numbers along `axis`."""
+    """Integers from -127 to 127, and one scale for the numbers along `axis`."""
     w = w.astype(jnp.float32)
     top = jnp.abs(w).max(axis, keepdims=True)
     scale = jnp.where(top > 0, top / 127, 1)
@@ -32,10 +32,11 @@ def _quantize(w: jax.Array, axis: int, *, whole: bool = False) -> tuple[jax.Arra
 
 
 def quantize(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as models.qwen has them, with the matrices that a step of decoding reads in 8 bits."""
+    """The parameters with every matrix that decoding reads in 8 bits."""
     layers = dict(params["layers"])
-    for name in MATRICES:
-        layers[name], layers[name + SCALE] = _quantize(layers[name], -2)  # [l in out] -> [l out]
+    for name in params["layers"]:
+        if (axis := TABLE[f"layers/{name}"].int8) is not None:
+            layers[name], layers[name + SCALE] = _quantize(layers[name], axis)  # [l in out] -> [l out]
     made = dict(params, layers=layers)
     if "head" in made:
         made["head"], made["head" + SCALE] = _quantize(made["head"], 0)  # [d v] -> [v]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from open_agentrl_jax.models import params
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
 
@@ -84,7 +85,8 @@ class Way(NamedTuple):
 
 
 def _gather(name: str, weight: jax.Array) -> jax.Array:
-    return sharding.gather(name, weight, stacked=False)
+    kept = params.spec(name)
+    return sharding.gather(weight, sharding.P(*kept[1:]) if name.startswith("layers/") else kept)
 
 
 def _look_up_gathered(embed: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -102,14 +104,14 @@ def _look_up_gathered(embed: jax.Array, tokens: jax.Array) -> jax.Array:
 def _look_up_at_rest(embed: jax.Array, tokens: jax.Array) -> jax.Array:
     if current_mesh() is None:
         return embed.at[tokens].get()
-    parts = sharding.names(sharding.spec("embed")[0])
+    parts = sharding.names(params.spec("embed")[0])
     return _on_mesh(lambda embed, tokens: jax.lax.psum(_own_rows(embed, tokens, parts), parts), sharding.WHOLE)(
         embed, tokens
     )
 
 
 def _on_mesh(local: Callable[..., jax.Array], layout: sharding.Layout) -> Callable[..., jax.Array]:
-    specs = sharding.spec("embed"), layout.tokens
+    specs = params.spec("embed"), layout.tokens
     return jax.shard_map(local, in_specs=specs, out_specs=layout.wide, check_vma=False)
 
 

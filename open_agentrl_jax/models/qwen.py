@@ -1,7 +1,7 @@
-"""Qwen2.5 and Qwen3, dense: stacked layers under lax.scan, parameters a plain nested dictionary of arrays.
+"""Dense decoders (Qwen2.5, Qwen3, Llama, Mistral): stacked layers under lax.scan, parameters a nested dictionary.
 
-The parameters are float32 masters {"embed", "layers": {...}, "norm", "head"?}, paths and meaning as in
-parallel/sharding.TABLE; each layer is cast to the compute dtype and gathered where it is used.
+The parameters are float32 masters {"embed", "layers": {...}, "norm", "head"?}; models/params.py lists their shapes and
+shardings. Each layer is cast to the compute dtype and gathered where it is used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.linear import TRAINING, Way
+from open_agentrl_jax.models.params import TABLE, Params, Row, abstract_params, rows, shardings
+from open_agentrl_jax.models.rope import frequencies
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.types import UserError
 
-Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 _POLICIES = {
@@ -41,23 +42,21 @@ _POLICIES = {
 
 
 class Block(nnx.Module):
-    """One layer: attention and gated MLP, each on a normalised copy and added to the stream."""
+    """One layer: attention and gated MLP, each on a normalised copy and added to the residual stream."""
+
+    attn_norm: nnx.Param
+    mlp_norm: nnx.Param
+    q_bias: nnx.Param
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    o_bias: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        def matrix(fan_in: int, fan_out: int) -> nnx.Param:
-            return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), (fan_in, fan_out)))
-
-        d, f = c.hidden_size, c.intermediate_size
-        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.attn_norm, self.mlp_norm = nnx.Param(jnp.ones(d)), nnx.Param(jnp.ones(d))
-        self.q, self.k, self.v = matrix(d, heads), matrix(d, kv_heads), matrix(d, kv_heads)
-        self.o = matrix(heads, d)
-        self.gate, self.up, self.down = matrix(d, f), matrix(d, f), matrix(f, d)
-        if c.qkv_bias:
-            self.q_bias, self.k_bias = nnx.Param(jnp.zeros(heads)), nnx.Param(jnp.zeros(kv_heads))
-            self.v_bias = nnx.Param(jnp.zeros(kv_heads))
-        if c.qk_norm:
-            self.q_norm, self.k_norm = nnx.Param(jnp.ones(c.head_dim)), nnx.Param(jnp.ones(c.head_dim))
+        for path, (row, shape) in rows(c).items():
+            if path.startswith("layers/"):
+                setattr(self, path.removeprefix("layers/"), _start(c, row, shape[1:], rngs))
         self.config = c
 
     def __call__(
@@ -74,7 +73,10 @@ class Block(nnx.Module):
         q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope, times, way)
         mixed, cache = attend(q, k, v, cache)
         mixed = mixed.reshape(*x.shape[:2], -1, out_sharding=sharding.out(way.layout.wide))
-        x = x + times("o", mixed)
+        mixed = times("o", mixed)
+        if self.config.o_bias:
+            mixed = (mixed + self.o_bias[...]).astype(x.dtype)
+        x = x + mixed
         y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
         return x + times("down", jax.nn.silu(times("gate", y)) * times("up", y)), cache
 
@@ -97,25 +99,27 @@ class Block(nnx.Module):
 
 
 class Qwen(nnx.Module):
-    """The whole tree of parameters, layers stacked: what there is and how it starts."""
+    """All parameters, layers stacked."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        def matrix(*shape: int) -> nnx.Param:
-            return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), shape))
-
-        self.embed = matrix(c.vocab_size, c.hidden_size)
-        self.norm = nnx.Param(jnp.ones(c.hidden_size))
-        if not c.tie_word_embeddings:
-            self.head = matrix(c.hidden_size, c.vocab_size)
+        for path, (row, shape) in rows(c).items():
+            if not path.startswith("layers/"):
+                setattr(self, path, _start(c, row, shape, rngs))
         keys = jax.random.split(rngs.params(), c.num_layers)
         self.layers = nnx.data(jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(Block(c, nnx.Rngs(key)))))(keys))
+
+
+def _start(c: ModelConfig, row: Row, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
+    if row.start == "normal":
+        return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), shape))
+    return nnx.Param(jnp.ones(shape) if row.start == "ones" else jnp.zeros(shape))
 
 
 def init(model_config: ModelConfig, seed: int | nnx.Rngs, mesh: jax.sharding.Mesh | None = None) -> Params:
     """Random float32 parameters (normal, `initializer_range`; norms 1, biases 0), made in their sharding.
 
-    The values depend on the seed and the parameter's path alone, not on mesh or backend. They are drawn by numpy:
-    compiling a generator for every shape takes longer than drawing, and one parameter at a time is on the host.
+    The values depend only on the seed and the parameter's path, not on mesh or backend. numpy draws them, one parameter
+    at a time: compiling a generator for every shape takes longer.
 
     Raises:
       UserError: the mesh does not divide a parameter.
@@ -125,8 +129,8 @@ def init(model_config: ModelConfig, seed: int | nnx.Rngs, mesh: jax.sharding.Mes
 
     def start(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, where: Any = None) -> jax.Array:
         name = sharding.path_name(path)
-        if name.endswith(("norm", "bias")):
-            values = np.full(leaf.shape, float(name.endswith("norm")), np.float32)
+        if (kind := TABLE[name].start) != "normal":
+            values = np.full(leaf.shape, float(kind == "ones"), np.float32)
         else:
             draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
             values = draw.standard_normal(leaf.shape, np.float32) * np.float32(model_config.initializer_range)
@@ -137,11 +141,6 @@ def init(model_config: ModelConfig, seed: int | nnx.Rngs, mesh: jax.sharding.Mes
     return jax.tree_util.tree_map_with_path(start, abstract, *rest)
 
 
-def abstract_params(model_config: ModelConfig) -> Params:
-    """The tree of parameters as float32 ShapeDtypeStructs."""
-    return jax.eval_shape(lambda: _pure(Qwen(model_config, nnx.Rngs(0))))
-
-
 def param_shardings(model_config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Params:
     """The sharding of every parameter on `mesh`; a UserError where something does not divide."""
     if model_config.num_kv_heads % mesh.shape["tensor"]:
@@ -149,7 +148,7 @@ def param_shardings(model_config: ModelConfig, mesh: jax.sharding.Mesh | jax.sha
             f"mesh: tensor={mesh.shape['tensor']} does not divide num_kv_heads {model_config.num_kv_heads}; "
             "choose a divisor of it"
         )
-    return sharding.shardings(abstract_params(model_config), mesh)
+    return shardings(abstract_params(model_config), mesh)
 
 
 def forward(
@@ -262,10 +261,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def rope_table(positions: jax.Array, model_config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin [b t 1 D/2] of the rotary angles, float32."""
-    half = model_config.head_dim // 2
-    frequency = model_config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    c = model_config
+    frequency, factor = frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""THE table: parameter path -> PartitionSpec, how a step gathers parameters, and how activations lie."""
+"""Partition specs of activations, and how a step gathers parameters. models/params.py lists those of parameters."""
 
 from __future__ import annotations
 
@@ -15,31 +15,12 @@ from open_agentrl_jax.types import UserError
 
 P = jax.P
 
-# PARTS are on the leading matrix axis everywhere: only then do TPU compilers turn the gradient of a gathered parameter
-# into a reduce-scatter. Matrices are [in out]; layer parameters have the stack of layers in front, never split.
+# PARTS split the leading axis of every matrix: only then do TPU compilers turn the gradient of a gathered parameter
+# into a reduce-scatter.
 PARTS = ("fsdp", "seq")  # both split parameters: the parts of a row sum gradients as the rows do
-# Of embedding and head no device ever holds more than its part over `seq`: the devices that share a row share its
-# look-ups and its logits as well. `seq` is the outer axis, so that gathering over fsdp alone gives whole parts.
+# Each device holds only its `seq` part of embedding and head: the devices that share a row also share its look-ups and
+# logits. `seq` is the outer axis, so that gathering over fsdp alone gives whole parts.
 VOCABULARY = ("seq", "tensor")
-TABLE: dict[str, jax.sharding.PartitionSpec] = {
-    "embed": P(("seq", "fsdp"), "tensor"),  # [v d]
-    "head": P("fsdp", VOCABULARY),  # [d v]
-    "norm": P(None),  # [d]
-    "layers/attn_norm": P(None, None),  # [l d]
-    "layers/mlp_norm": P(None, None),
-    "layers/q": P(None, PARTS, "tensor"),  # [l d h*D]
-    "layers/k": P(None, PARTS, "tensor"),  # [l d k*D]
-    "layers/v": P(None, PARTS, "tensor"),
-    "layers/q_bias": P(None, "tensor"),  # [l h*D]
-    "layers/k_bias": P(None, "tensor"),
-    "layers/v_bias": P(None, "tensor"),
-    "layers/q_norm": P(None, None),  # [l D]
-    "layers/k_norm": P(None, None),
-    "layers/o": P(None, ("tensor", *PARTS), None),  # [l h*D d]
-    "layers/gate": P(None, PARTS, "tensor"),  # [l d f]
-    "layers/up": P(None, PARTS, "tensor"),
-    "layers/down": P(None, ("tensor", *PARTS), None),  # [l f d]
-}
 
 BATCH = ("data", "fsdp")  # what the batch is split over
 TOKENS = P(BATCH, "seq")  # [b t]
@@ -70,32 +51,6 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def spec(name: str) -> jax.sharding.PartitionSpec:
-    """The spec of a parameter, or of anything shaped like it (an optimizer moment at ".../layers/q")."""
-    parts = name.split("/")
-    for start in range(len(parts)):
-        if (found := TABLE.get("/".join(parts[start:]))) is not None:
-            return found
-    raise UserError(f"sharding: {name}: unknown parameter; add it to TABLE in open_agentrl_jax/parallel/sharding.py")
-
-
-def shardings(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
-    """The sharding of every leaf of `tree` (arrays or ShapeDtypeStructs; scalars are replicated).
-
-    Raises:
-      UserError: a leaf that the table does not know, or an axis that the mesh does not divide.
-    """
-
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, P())  # pyright: ignore[reportArgumentType]
-        found = spec(name := path_name(path))
-        check_divides(name, leaf.shape, found, mesh)
-        return NamedSharding(mesh, found)  # pyright: ignore[reportArgumentType]
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
 def check_divides(
     name: str,
     shape: tuple[int, ...],
@@ -124,20 +79,18 @@ def out(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec | None:
     return None if current_mesh() is None else spec
 
 
-def gather(name: str, x: jax.Array, *, stacked: bool = True) -> jax.Array:
-    """A parameter whole over PARTS, as a matrix product takes it; its gradient comes back reduce-scattered.
+def gather(x: jax.Array, kept: jax.sharding.PartitionSpec) -> jax.Array:
+    """Gather a parameter over PARTS for a matrix product; its gradient comes back reduce-scattered.
 
-    Plain resharding to the gathered spec would make jax all-reduce the gradient over the batch axes; `reduced=` tells
-    it that the sum is still to be done, so that it is done into the parameter's own sharding.
+    Plain resharding to the gathered spec would make jax all-reduce the gradient over the batch axes; `reduced=` leaves
+    the sum to be done into the parameter's own sharding.
 
     Args:
-      name: path in TABLE.
-      x: the parameter; one layer of it where `stacked` is False.
-      stacked: whether `x` still has the axis of layers.
+      x: the parameter.
+      kept: its spec.
     """
     if current_mesh() is None:
         return x
-    kept = spec(name) if stacked or not name.startswith("layers/") else P(*spec(name)[1:])
     if not any(set(PARTS) & set(names(part)) for part in kept):
         return x  # norms and biases: tiny, and an elementwise product takes no reduced operand
     return gather_as(x, P(*(_without(PARTS, part) for part in kept)))

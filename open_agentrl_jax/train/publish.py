@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
-import json
 import math
 import os
 import pathlib
@@ -29,8 +28,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
-from open_agentrl_jax.models import hf, qwen
+from open_agentrl_jax.models import export, hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.params import TABLE
+from open_agentrl_jax.models.tensor_files import header
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.train import spare
@@ -92,11 +93,8 @@ def publish_weights(
         if me == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             spare.reuse(temporary, files.keys() - linked)
-            hf.write_configs(temporary, model_config, _DTYPE, list(files.values()))
-            if tokenizer_from is not None:
-                for name in (*hf.TOKENIZER_FILES, "generation_config.json"):
-                    if (file := hf.resolve(tokenizer_from) / name).exists():
-                        shutil.copyfile(file, temporary / name)
+            source = None if tokenizer_from is None else hf.resolve(tokenizer_from, weights=False)
+            export.write_configs(temporary, model_config, _DTYPE, list(files.values()), tokenizer_from=source)
     with _reported(target, temporary), ThreadPoolExecutor(_WRITERS) as writers:
         failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
@@ -153,8 +151,8 @@ def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Seque
 def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     # Rounded where it is used: no second copy of all parameters, which would take longer than the forward.
-    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens), stored=hf.rounded)
-    logprobs, _ = token_logprobs(hidden, hf.rounded(qwen.unembedding(params, model_config)), targets)
+    hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens), stored=export.rounded)
+    logprobs, _ = token_logprobs(hidden, export.rounded(qwen.unembedding(params, model_config)), targets)
     return (logprobs if current_mesh() is None else jax.reshard(logprobs, jax.P()))[0, :-1]
 
 
@@ -190,36 +188,27 @@ def _any_process(condition: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([condition]))))
 
 
-def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[hf.Tensor]]:
+def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[export.Tensor]]:
     """File name -> its tensors. Files hold about a gigabyte, and either frozen or trained parameters."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    tensors = [tensor for path, leaf in leaves for tensor in hf.tensors_of(sharding.path_name(path), leaf.shape)]
-    if unknown := set(frozen) - {tensor.path for tensor in tensors}:
+    paths = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    if unknown := set(frozen) - paths:
         raise UserError(f"frozen: {', '.join(sorted(unknown))}: no such parameter; they are called like 'layers/q'")
-    shards: list[list[hf.Tensor]] = []
-    for part in ([t for t in tensors if t.path in frozen], [t for t in tensors if t.path not in frozen]):
-        size = math.inf
-        for tensor in sorted(part, key=lambda t: (t.layer is not None, t.layer or 0)):
-            if size + 2 * tensor.size > _FILE_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(tensor)
-            size += 2 * tensor.size
-    return {hf.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
+    shards = export.plan(params, 2, _FILE_BYTES, frozen)
+    return {export.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
-def _taken(params: qwen.Params, tensors: list[hf.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
+def _taken(params: qwen.Params, tensors: list[export.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
     """The tensors: as files hold them, on the devices and, `to_host`, on their way from there, a few computed ahead.
 
     One thread asks for them, in the same order in every process: that may be a collective. What lies in this host's
     memory is only looked at, as it lies there: writers round and turn it without a copy of the whole.
     """
     if _in_memory(params):
-        yield from (hf.look(params, tensor) for tensor in tensors)
+        yield from (export.look(params, tensor) for tensor in tensors)
         return
     coming: collections.deque[jax.Array] = collections.deque()
     for tensor in tensors:
-        coming.append(hf.take(params, tensor, _DTYPE, turned=True))
+        coming.append(export.take(params, tensor, _DTYPE, turned=True))
         if to_host:
             coming[-1].copy_to_host_async()
         if len(coming) > _AHEAD:
@@ -234,20 +223,17 @@ def _in_memory(params: qwen.Params) -> bool:
 
 
 def _write(
-    path: pathlib.Path, tensors: list[hf.Tensor], arrays: Iterator[jax.Array | np.ndarray], writers: ThreadPoolExecutor
+    path: pathlib.Path,
+    tensors: list[export.Tensor],
+    arrays: Iterator[jax.Array | np.ndarray],
+    writers: ThreadPoolExecutor,
 ) -> None:
     """One file, in pieces, by all writers at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + 2 * tensor.size
-        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head, size = header({tensor.name: tensor.shape for tensor in tensors}, _DTYPE)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:  # over a spare one, if any
-        file.truncate(8 + len(text) + end)
-        file.write(len(text).to_bytes(8, "little") + text)
-        place = 8 + len(text)
+        file.truncate(len(head) + size)
+        file.write(head)
+        place = len(head)
         running: collections.deque[Future[None]] = collections.deque()
         try:
             for tensor, array in zip(tensors, arrays, strict=True):
@@ -257,7 +243,7 @@ def _write(
                     piece = slice(start, start + rows)
                     running.append(
                         writers.submit(
-                            _put, file.fileno(), place + start * row, array, piece, hf.TABLE[tensor.path].transposed
+                            _put, file.fileno(), place + start * row, array, piece, TABLE[tensor.path].transposed
                         )
                     )
                     if len(running) > 4 * _WRITERS:

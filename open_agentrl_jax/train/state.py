@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from open_agentrl_jax.config import Optim
-from open_agentrl_jax.parallel.sharding import shardings
+from open_agentrl_jax.models.params import shardings
 from open_agentrl_jax.train.offload import HOST, AdamWOnHost
 
 

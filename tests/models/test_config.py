@@ -29,11 +29,26 @@ QWEN3 = {
 QWEN25 = {key: value for key, value in QWEN3.items() if key != "head_dim"} | {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "sliding_window": 131072,  # named, not used
+    "sliding_window": 131072,  # present but disabled
 }
 
 
-def test_reads_what_qwen3_4b_says():
+LLAMA = QWEN25 | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+MISTRAL = QWEN25 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+
+
+def test_reads_the_config_of_qwen3_4b():
     c = ModelConfig.from_hf(QWEN3, compute_dtype="bfloat16", remat="full")
     assert (c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.rope_theta) == (36, 32, 8, 128, 5e6)
     assert (c.qk_norm, c.qkv_bias, c.tie_word_embeddings, c.eos_ids, c.bos_id) == (True, False, True, (151645,), 151643)
@@ -41,12 +56,14 @@ def test_reads_what_qwen3_4b_says():
     assert hash(c) == hash(ModelConfig.from_hf(QWEN3, compute_dtype="bfloat16", remat="full"))
 
 
-def test_head_dim_that_is_not_named():
+def test_default_head_dim():
     assert ModelConfig.from_hf(QWEN25).head_dim == 2560 // 32
     assert ModelConfig.from_hf({key: value for key, value in QWEN3.items() if key != "head_dim"}).head_dim == 128
 
 
-@pytest.mark.parametrize("hf", [QWEN3, QWEN25, QWEN3 | {"eos_token_id": [3, 4]}, QWEN3 | {"eos_token_id": None}])
+@pytest.mark.parametrize(
+    "hf", [QWEN3, QWEN25, QWEN3 | {"eos_token_id": [3, 4]}, QWEN3 | {"eos_token_id": None}, LLAMA, MISTRAL]
+)
 def test_to_hf_is_the_inverse(hf):
     c = ModelConfig.from_hf(hf)
     assert ModelConfig.from_hf(json.loads(json.dumps(c.to_hf()))) == c
@@ -61,13 +78,35 @@ def test_rope_theta_under_both_names():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "llama"}, "model_type: 'llama'"),
+        ({"model_type": "gemma3_text"}, "model_type: 'gemma3_text'"),
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "model_type: 'qwen3_moe'"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures: Qwen3ForSequenceClassification"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: rope type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "rope_parameters: rope type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling: rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling: factor: '4'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "rope_scaling: low_freq_factor: None"),
+        (
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling: contradicts rope_parameters",
+        ),
+        (
+            {
+                "rope_theta": None,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_theta": 1e6},
+            },
+            "rope_theta: missing beside rope_scaling",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_parameters: rope type 'longrope'"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
-        ({"attention_bias": True}, "attention_bias: True"),
+        ({"mlp_bias": True}, "mlp_bias: True"),
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
+            "attention_bias: True",
+        ),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+            "sliding_window: 4096",
+        ),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28}, "use_sliding_window"),
@@ -83,7 +122,7 @@ def test_rope_theta_under_both_names():
         ({"head_dim": 127}, "head_dim: 127"),
     ],
 )
-def test_refuses_by_name(change, named):
+def test_refuses_unsupported_fields_by_name(change, named):
     with pytest.raises(UserError) as raised:
         ModelConfig.from_hf(QWEN3 | change)
     assert named in str(raised.value)
@@ -91,7 +130,7 @@ def test_refuses_by_name(change, named):
     assert "\n" not in str(raised.value)
 
 
-def test_a_window_that_no_layer_uses_is_fine():
+def test_a_window_that_no_layer_uses_is_accepted():
     unused = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 36}
     assert ModelConfig.from_hf(QWEN3 | unused).num_layers == 36
 

@@ -8,6 +8,7 @@ import pytest
 
 from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.params import TABLE
 from open_agentrl_jax.rollout.local import LocalEngine
 from open_agentrl_jax.types import Sampling
 
@@ -61,7 +62,10 @@ def test_a_number_is_at_most_half_a_step_off(config):
     params = qwen.init(config, 0)
     params["layers"]["q"] = params["layers"]["q"].at[0, :, 3].set(0.0)  # a channel of zeros
     made = int8.quantize(params)
-    names = [*(f"layers/{name}" for name in int8.MATRICES), "embed" if config.tie_word_embeddings else "head"]
+    names = [
+        *(path for path, row in TABLE.items() if row.int8 is not None),
+        "embed" if config.tie_word_embeddings else "head",
+    ]
     for name in names:
         part, was = (made["layers"], params["layers"]) if "/" in name else (made, params)
         name = name.removeprefix("layers/")

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import pytest
 
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import REMAT, ModelConfig
+from open_agentrl_jax.models.params import TABLE
+from open_agentrl_jax.parallel import sharding
 
 from .rows import packed
 from .tiny import torch_model
@@ -16,24 +19,76 @@ TINY = ModelConfig("qwen3", 64, 32, 48, 2, 4, 2, 16, eos_ids=(1,))
 forward = jax.jit(qwen.forward, static_argnums=1)
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+FAMILIES = {
+    # hidden 48, 4 heads: a head_dim of 32 is not 48 / 4. Thetas of Qwen3-Instruct-2507 and Qwen2.5.
+    "qwen3": {"head_dim": 32, "rope_theta": 5e6},
+    "qwen3 yarn bias": {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6, **YARN}, "attention_bias": True},
+    "qwen2": {"rope_theta": 1e6},
+    "qwen2 yarn": {"rope_parameters": {"rope_theta": 1e6, **YARN, "beta_fast": 3.0, "truncate": False}},
+    "llama": {"rope_theta": 1e5},
+    "llama 3 bias": {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}, "attention_bias": True, "head_dim": 16},
+    "llama linear": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+    "mistral": {"head_dim": 32, "rope_theta": 1e6},
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("model_type", "head_dim"), [("qwen3", 32), ("qwen2", None)])
-def test_logits_are_those_of_transformers(tmp_path, model_type, head_dim, tied):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_transformers(tmp_path, family, tied):
+    """Two packed sequences in one row, against each alone in torch."""
     torch = pytest.importorskip("torch")
 
-    # hidden 48, 4 heads: a head_dim of 32 is not 48 / 4; none is. Thetas of Qwen3-Instruct-2507 and of Qwen2.5.
-    theta = 5e6 if model_type == "qwen3" else 1e6
-    model = torch_model(model_type, head_dim=head_dim, tie_word_embeddings=tied, rope_theta=theta)
+    model = torch_model(family.split()[0], tie_word_embeddings=tied, **FAMILIES[family])
     model.save_pretrained(tmp_path)
     config, params = hf.load_pretrained(tmp_path)
-    assert config.rope_theta == theta
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 41))
-    with torch.no_grad():
-        wanted = model(torch.tensor(tokens)).logits.numpy()
-    positions = np.tile(np.arange(41), (2, 1))
-    got = qwen.logits(params, config, forward(params, config, tokens, positions, np.ones_like(positions)))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 41 + 23))
+    positions = np.concatenate([np.arange(41), np.arange(23)])[None]
+    segments = np.repeat([[1, 2]], [41, 23], axis=1)
+    parts = [model(torch.tensor(part)).logits for part in (tokens[:, :41], tokens[:, 41:])]
+    wanted = torch.cat(parts, 1)
+    wanted.logsumexp(-1).square().mean().backward()
+
+    def loss(params):
+        got = qwen.logits(params, config, qwen.forward(params, config, tokens, positions, segments))
+        return jnp.square(jax.nn.logsumexp(got, -1)).mean(), got
+
+    gradient, got = jax.jit(jax.grad(loss, has_aux=True))(params)
+    wanted = wanted.detach().numpy()
     assert np.abs(wanted).max() > 0.5
-    np.testing.assert_allclose(got, wanted, atol=2e-5)  # asked for: 2e-4
+    np.testing.assert_allclose(got, wanted, atol=5e-5)  # required: 2e-4
+    theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        for tensor in hf.tensors_of(sharding.path_name(path), leaf.shape):
+            ours = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+            ours = ours.T if TABLE[tensor.path].transposed else ours
+            scale = np.abs(theirs[tensor.name]).max()
+            np.testing.assert_allclose(ours, theirs[tensor.name], atol=1e-3 * scale, err_msg=tensor.name)
+
+
+def test_yarn_in_rope_scaling_beside_default_rope_parameters(tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch_model("qwen3", head_dim=16).save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(theirs | {"rope_theta": 1e6, "rope_scaling": YARN}))
+    config, params = hf.load_pretrained(tmp_path)
+    hf.save_pretrained(tmp_path / "again", config, params)
+    assert hf.load_pretrained(tmp_path / "again")[0] == config
+    tokens, ones = np.arange(60)[None] % 97, np.ones((1, 60), np.int32)
+    got = qwen.logits(params, config, forward(params, config, tokens, np.arange(60)[None], ones))
+    for folder in (tmp_path, tmp_path / "again"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            np.testing.assert_allclose(got, model(torch.tensor(tokens)).logits.numpy(), atol=5e-5)
 
 
 def test_packed_rows_are_their_unpacked_rows():

@@ -15,11 +15,13 @@ def torch_model(model_type: str, *, rope_theta: float = 1e6, head_dim: int | Non
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},  # changes may replace it
         "eos_token_id": 3,
         **({"head_dim": head_dim} if head_dim else {}),
         **changes,
     }
+    if model_type == "mistral":
+        shape["sliding_window"] = None
     name = model_type.capitalize()
     config = getattr(transformers, f"{name}Config")(**shape)
     torch.manual_seed(0)

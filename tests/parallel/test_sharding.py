@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from open_agentrl_jax.models import qwen
+from open_agentrl_jax.models import params, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import AXES
@@ -40,31 +41,28 @@ def _config(**changes):
     )
 
 
-def test_every_parameter_is_in_the_table_and_no_more():
-    names = set()
-    for model_type in ("qwen2", "qwen3"):
-        tree = qwen.abstract_params(_config(model_type=model_type))
-        names |= {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-    assert names == sharding.TABLE.keys()
-
-
-def test_each_table_entry_has_the_rank_of_its_parameter():
-    for model_type in ("qwen2", "qwen3"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(qwen.abstract_params(_config(model_type=model_type))):
-            assert len(sharding.spec(sharding.path_name(path))) == leaf.ndim
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"model_type": "llama", "attention_bias": True}])
+def test_modules_and_table_agree(changes):
+    config = _config(**changes)
+    made = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(qwen.Qwen(config, nnx.Rngs(0)))))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params.abstract_params(config)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made):
+        assert len(params.spec(sharding.path_name(path))) == leaf.ndim
 
 
 def test_moments_lie_like_their_parameters():
     tree = {"opt_state": ({"mu": {"layers": {"q": jax.ShapeDtypeStruct((2, 64, 128), jnp.float32)}}},)}
     tree["count"] = jax.ShapeDtypeStruct((), jnp.int32)
-    found = sharding.shardings(tree, _mesh(1, 4, 1, 2))
+    found = params.shardings(tree, _mesh(1, 4, 1, 2))
     assert found["opt_state"][0]["mu"]["layers"]["q"].spec == P(None, ("fsdp", "seq"), "tensor")
     assert found["count"].spec == P()
 
 
 def test_what_it_does_not_know_is_refused():
     with pytest.raises(UserError, match="layers/adapter: unknown parameter"):
-        sharding.shardings({"layers": {"adapter": jnp.zeros((2, 2))}}, _mesh(1, 1, 1, 1))
+        params.shardings({"layers": {"adapter": jnp.zeros((2, 2))}}, _mesh(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_what_does_not_divide_is_refused(changes, sizes, named):
 
 def test_a_rank_the_table_does_not_have_is_refused():
     with pytest.raises(UserError, match="embed: shape"):
-        sharding.shardings({"embed": jnp.zeros(4)}, _mesh(1, 1, 1, 1))
+        params.shardings({"embed": jnp.zeros(4)}, _mesh(1, 1, 1, 1))
 
 
 def test_any_mix_of_axes_gives_the_loss_and_gradients_of_one_device():
