@@ -33,6 +33,7 @@ from orbax.checkpoint import v1 as ocp
 from launch import command
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import DTYPES, ModelConfig
+from open_agentrl_jax.models.params import TABLE
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import path_name
 from open_agentrl_jax.run import hub
@@ -185,7 +186,7 @@ def inspect(kind: str, source: str) -> int:
     print(", ".join(f"{name} {value}" for name, value in fields.items()))
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = path_name(path)
-        print(f"{name:18} {hf.TABLE[name].name:48} {leaf.shape!s:24} {leaf.dtype}")
+        print(f"{name:18} {TABLE[name].name:48} {leaf.shape!s:24} {leaf.dtype}")
     bytes_ = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
     print(f"{config.model_type}: {_count(tree):,} parameters, {bytes_ / 2**20:,.1f} MiB")
     return 0

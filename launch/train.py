@@ -24,6 +24,7 @@ from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
 from open_agentrl_jax.data.loader import Mixture
 from open_agentrl_jax.models import hf
+from open_agentrl_jax.models.folders import check_target
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
@@ -74,6 +75,7 @@ def experiment(config: Config, profile: bool) -> int:
     with Screen(quiet=not processes.first()) as screen:
         screen.say(f"run {config.name}: {directory}")
         choose_packing(config, 1, mesh_of(config))  # what the mesh does not divide is told before loading
+        check_target(directory / "export")
         folder = open_folder(config, directory)
         if processes.first() and (config.rl.steps or config.rl.epochs or config.data.eval):
             check_generation(config)  # servers are missed now, not after SFT
@@ -179,6 +181,7 @@ def export(parts: Parts, params: Any) -> None:
         params,
         dtype=dtype,
         tokenizer_from=parts.policy.tokenizer_path,
+        stop_ids=parts.chat.stop_ids,
     )
 
 

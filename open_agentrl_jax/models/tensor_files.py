@@ -97,10 +97,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     whole = [paths for count, paths in sets.items() if len(paths) == int(count)]
     if len(whole) == 1:
         return whole[0]
-    if len(found) == 1 and not sets:
-        return found
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a model; merge it into its base model first")
+    if len(found) == 1 and not sets:
+        return found
     if any(folder.glob("*.bin")):
         raise UserError(f"{folder}: holds .bin weights only; load and save it with transformers to get safetensors")
     if found:

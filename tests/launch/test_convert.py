@@ -218,4 +218,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'none'}: not there; give the folder of a model"]
+    assert done.stderr.splitlines() == [f"error: {tmp_path / 'none'}: missing; give the folder of a model"]
