@@ -78,17 +78,18 @@ def pythonic(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> Parsed:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A way of writing calls. `opening` matches where a call can begin, for a display that hides raw calls."""
+    """A way of writing calls."""
 
     parse: Callable[..., Parsed]  # (text, tools) -> words, calls
-    opening: str
+    opening: str  # text that begins a call, for displays that hide raw calls
+    whole: bool = False  # calls make up the whole turn, apart from thoughts
 
 
 FORMATS: dict[str, Format] = {
     "hermes": Format(hermes, OPEN),
     "qwen_xml": Format(qwen_xml, OPEN),
-    "llama_json": Format(llama_json, '{"name"'),
-    "pythonic": Format(pythonic, "["),
+    "llama_json": Format(llama_json, '{"name"', whole=True),
+    "pythonic": Format(pythonic, "[", whole=True),
 }
 
 

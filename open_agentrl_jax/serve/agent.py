@@ -1,4 +1,4 @@
-"""A trained model with its tools, ready to answer whoever asks: the terminal or the endpoint."""
+"""A trained model with its tools, for the terminal and for the endpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Agent:
     async def answer(
         self, history: list[Message], sampling: Sampling, listen: Listener, *, max_tokens: int = 0
     ) -> Trajectory:
-        """One answer, told piece by piece; `max_tokens` 0: as the config has it.
+        """Answers one conversation and streams the answer to `listen`; `max_tokens` 0: as in the config.
 
         Raises:
             UserError: the conversation is too long for the model.
@@ -63,7 +63,7 @@ class Agent:
 
 
 def config_of(model: str) -> Config:
-    """The budgets and the sandbox of the run that the model lies in; the context is all the model has."""
+    """A config with the budgets and the sandbox of the run that the model lies in."""
     config = Config(name="chat")
     mark = Path(model).absolute().parent / "config.json"
     if mark.exists():
@@ -80,30 +80,31 @@ def config_of(model: str) -> Config:
                     ),
                 )
         except (ValueError, KeyError, TypeError):
-            pass  # another tool's config.json: the defaults serve
+            pass  # another tool's config.json: keep the defaults
     config.model.path = model
     return config
 
 
 def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int = 0) -> tuple[Agent, LocalEngine]:
-    """Loads the model; the conversation may fill what its context leaves beside one answer.
+    """Loads the model. A conversation may fill whatever its context leaves beside one answer.
 
     Args:
         model: a Hugging Face folder or Hub id.
-        slots: answers generated at once.
-        max_response: tokens of an answer, tool outputs included; 0: the run's.
-        max_turns: assistant turns of an answer; 0: the run's.
+        slots: concurrent answers.
+        max_response: tokens per answer, tool outputs included; 0: as in the run, at most half of the context.
+        max_turns: assistant turns per answer; 0: as in the run.
+
+    Raises:
+        UserError: there is no such model, or `max_response` leaves no room for a question.
     """
-    if not model:
-        raise UserError("--model is missing; give a Hugging Face folder, e.g. --model=runs/quickstart/export")
     config = config_of(model)
-    config.agent.max_response = max_response or config.agent.max_response
-    config.agent.max_turns = max_turns or config.agent.max_turns
     policy = load_policy(config, open_folder(config, Path(model)))
     context = policy.config.max_position_embeddings
-    if config.agent.max_response >= context:
-        raise UserError(f"--max_response={config.agent.max_response}: the model's context is {context}; lower it")
-    # Several questions and answers make one prompt here, where training has one problem.
+    if max_response >= context:
+        raise UserError(f"max_response={max_response}: the model's context is {context}; lower it")
+    config.agent.max_response = max_response or min(config.agent.max_response, context // 2)
+    config.agent.max_turns = max_turns or config.agent.max_turns
+    # A conversation holds several questions and answers, where a training prompt holds one problem.
     config.agent.max_prompt = min(context - config.agent.max_response, max(8192, config.agent.max_prompt))
     engine = LocalEngine(
         policy.params,

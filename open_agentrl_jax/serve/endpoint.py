@@ -1,7 +1,10 @@
 """The agent behind an OpenAI-compatible endpoint: POST /v1/chat/completions, GET /v1/models, GET /health.
 
-The agent calls its own tool, here. Its calls and their outputs are fenced blocks of the answer's text, so that any
-client shows them; the messages themselves are under "agent" in the answer. What is not done is refused by name.
+The agent runs its own tools here. Calls and outputs are fenced blocks in the answer's text, so that any client shows
+them; the messages themselves are under "agent" in the answer. Unsupported fields are refused by name.
+
+A web page must not reach the agent through its visitor's browser. Without a token, only requests whose Host and Origin
+are loopback names pass, which stops DNS rebinding; bodies must be declared as JSON, which stops forms of other sites.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import time
 import uuid
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -32,7 +36,7 @@ AGENT = web.AppKey("agent", Agent)
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Where to listen, the bearer token that is asked for, and the temperature where a request names none."""
+    """Address, bearer token ("" for none), and the temperature of requests that name none."""
 
     host: str
     port: int
@@ -42,7 +46,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A request, checked."""
+    """A validated request."""
 
     messages: list[Message]
     sampling: Sampling
@@ -51,10 +55,10 @@ class Question:
 
 
 def read_question(body: Any, temperature: float) -> Question:
-    """Checks a request's body.
+    """Validates a request body.
 
     Raises:
-        UserError: a field that is wrong or not supported.
+        UserError: a field is wrong or not supported.
     """
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise UserError("messages: missing; give a list of {role, content}")
@@ -70,6 +74,8 @@ def read_question(body: Any, temperature: float) -> Question:
             content = "".join(str(part.get("text", "")) for part in content)
         if role not in ROLES or not isinstance(content, str):
             raise UserError(f"messages[{i}]: give role ({', '.join(ROLES)}) and content as text")
+        if any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise UserError(f"messages[{i}]: content has half a surrogate pair, which is not text")
         messages.append(Message(role, content))
     if messages[-1].role != "user":
         raise UserError("messages: the last one must be the user's")
@@ -83,29 +89,38 @@ def read_question(body: Any, temperature: float) -> Question:
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or 0
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise UserError(f"max_tokens: {limit!r}; give a whole number")
-    # Without a seed each request draws anew.
+    # Requests without a seed differ.
     seed = int(read["seed"]) if body.get("seed") is not None else uuid.uuid4().int
     sampling = Sampling(0, float(read["temperature"]), float(read["top_p"]), seed=seed_of(seed))
     return Question(messages, sampling, limit, bool(body.get("stream")))
 
 
 def make_app(agent: Agent, spec: Spec) -> web.Application:
-    """The web application."""
+    """Builds the web application."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if spec.token and request.path != "/health" and not hmac.compare_digest(given.encode(), spec.token.encode()):
-            return _refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
+        if spec.token:
+            known = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), spec.token.encode())
+            if request.path != "/health" and not known:
+                return _refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
+        elif not _local(request):
+            return _refusal(403, "Host and Origin must be loopback names; set CHAT_TOKEN to allow others")
         try:
             return await handler(request)
         except UserError as error:
             return _refusal(400, str(error))
 
     async def complete(request: web.Request) -> web.StreamResponse:
+        if (
+            request.content_type != "application/json"
+            or request.headers.get("Content-Encoding", "identity") != "identity"
+        ):
+            return _refusal(415, "send the body as Content-Type: application/json, uncompressed")
         try:
-            body = await request.json()
-        except ValueError:
+            body = json.loads(await request.read())
+        except (ValueError, RecursionError):
             raise UserError("the body is not JSON") from None
         question = read_question(body, spec.temperature)
         answer = _Answer(agent.name)
@@ -124,15 +139,25 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
     return app
 
 
+def _local(request: web.Request) -> bool:
+    """Whether a request names loopback addresses only: in Host, and in Origin where a browser sends one."""
+    origin = request.headers.get("Origin")
+    addresses = [f"http://{request.headers.get('Host', '')}", *([origin] if origin is not None else [])]
+    try:
+        return all(loopback(urlsplit(address).hostname or "") for address in addresses)
+    except ValueError:
+        return False
+
+
 class _Answer:
-    """The fields that every piece of one answer shares."""
+    """The fields that all chunks of one answer share."""
 
     def __init__(self, model: str):
         self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._begun = False
 
     def words(self, event: Event) -> str:
-        """An event as text of the answer, which does not begin with empty space."""
+        """An event as text of the answer; the answer begins without white space."""
         text = FENCES[event.kind].format(event.text)
         text = text if self._begun else text.lstrip()
         self._begun = self._begun or bool(text)
@@ -149,10 +174,10 @@ async def _played(agent: Agent, question: Question, listen: Listener) -> dict[st
     if trajectory.aborted:
         raise RuntimeError("the sandbox or the engine failed, or the answer took too long; try again")
     prompt = int(trajectory.metrics["prompt_length"])
-    said = int(trajectory.metrics["response_length"])
-    usage = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
-    told = {"stop": trajectory.stop, "messages": [message.to_chat() for message in trajectory.said]}
-    return {"finish": FINISH[trajectory.stop], "usage": usage, "agent": told}
+    response = int(trajectory.metrics["response_length"])
+    usage = {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
+    details = {"stop": trajectory.stop, "messages": [message.to_chat() for message in trajectory.said]}
+    return {"finish": FINISH[trajectory.stop], "usage": usage, "agent": details}
 
 
 async def _whole(request: web.Request, agent: Agent, question: Question, answer: _Answer) -> web.StreamResponse:
@@ -182,7 +207,7 @@ async def _streamed(request: web.Request, agent: Agent, question: Question, answ
     try:
         played = await _played(agent, question, listen)
         await response.write(answer.chunk({}, **played))
-    except (RuntimeError, UserError) as error:  # the status line is out: the stream itself must tell
+    except (RuntimeError, UserError) as error:  # the status line is already sent
         await response.write(f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode())
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
@@ -194,14 +219,14 @@ def _refusal(status: int, text: str) -> web.Response:
 
 
 async def serve(agent: Agent, spec: Spec) -> None:
-    """Serves until cancelled; prints where.
+    """Serves until cancelled; prints the address.
 
     Raises:
-        UserError: others can reach the address and there is no token, or it cannot be had.
+        UserError: other machines can reach the address and there is no token, or the port is taken.
     """
     if not spec.token and not loopback(spec.host):
-        raise UserError(f"--host={spec.host}: others can reach it, so a token is needed: set CHAT_TOKEN")
-    # A client that goes away ends its answer, or the model would go on for nobody.
+        raise UserError(f"host {spec.host}: other machines can reach it, so a token is needed: set CHAT_TOKEN")
+    # A client that disconnects cancels its answer.
     runner = web.AppRunner(make_app(agent, spec), handler_cancellation=True, access_log=None)
     await runner.setup()
     try:
@@ -209,7 +234,7 @@ async def serve(agent: Agent, spec: Spec) -> None:
         try:
             await site.start()
         except OSError as error:
-            raise UserError(f"--serve={spec.port}: {error.strerror}; give another port") from None
+            raise UserError(f"port {spec.port}: {error.strerror}; give another port") from None
         port = runner.addresses[0][1]
         print(f"http://{spec.host}:{port}/v1  model {agent.name}", flush=True)
         with contextlib.suppress(asyncio.CancelledError):

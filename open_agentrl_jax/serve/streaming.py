@@ -1,8 +1,7 @@
-"""An episode that is watched while it runs: for a person at a terminal, or a client of a server.
+"""An episode whose words, calls and outputs reach a listener while it runs: a terminal, or a client of a server.
 
-The loop is agent.episode's own. What is added lies around it: an engine that asks for a few tokens at a time and tells
-them, and an environment that tells calls and outputs. Draws depend on seed and position, so watching changes nothing
-but, at most, the last bit of a logit.
+The loop is agent.episode's. Around it stand an engine that samples a few tokens at a time and an environment that
+reports calls and outputs. Draws depend on seed and position, so streaming changes at most the last bit of a logit.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 
 from open_agentrl_jax.agent import episode
+from open_agentrl_jax.agent.calls import FORMATS, Format
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.types import Completion, Message, Sampling, Task, Trajectory
 
-PIECE = 8  # tokens between two looks
-CALL = "<tool_call>"
+PIECE = 8  # tokens between two events
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """`kind`: "text" (more of the model's words) | "call" (its code, or all of it) | "output" (a tool's answer)."""
+    """`kind`: "text" (more words of the model) | "call" (its code, or all of it) | "output" (a tool's answer)."""
 
     kind: str
     text: str
@@ -34,7 +33,7 @@ Listener = Callable[[Event], Awaitable[None]]
 
 
 class Watched:
-    """An engine and an environment around others, telling a listener what happens."""
+    """An engine and an environment around others, which report events to a listener."""
 
     def __init__(self, engine: Engine, environment: Environment, chat: Chat, listen: Listener):
         self._engine, self._environment, self._chat, self._listen = engine, environment, chat, listen
@@ -44,17 +43,17 @@ class Watched:
         """See rollout.engine; `session` must be given, or every piece computes the prefix again."""
         parts: list[Completion] = []
         sampled: list[int] = []
-        told = 0
+        shown = 0
         while True:
             room = sampling.max_tokens - len(sampled)
             piece = dataclasses.replace(sampling, max_tokens=min(PIECE, room))
             parts.append(await self._engine.generate([*ids, *sampled], piece, session=session))
             sampled += parts[-1].ids.tolist()
             ended = parts[-1].finish_reason != "length" or len(sampled) >= sampling.max_tokens
-            words = spoken(self._chat.decode(sampled), ended=ended)
-            if len(words) > told:
-                await self._listen(Event("text", words[told:]))
-                told = len(words)
+            words = spoken(self._chat.decode(sampled), FORMATS[self._chat.call_format], ended=ended)
+            if len(words) > shown:
+                await self._listen(Event("text", words[shown:]))
+                shown = len(words)
             if ended:
                 break
         columns = {n: np.concatenate([getattr(part, n) for part in parts]) for n in ("ids", "logprobs", "version")}
@@ -76,7 +75,7 @@ class Watched:
         """See agent.environment."""
         for call in message.tool_calls:
             code = call.arguments.get("code")
-            if not call.error:  # the answer to one that cannot be read says why
+            if not call.error:  # the output for an unreadable call explains the error
                 await self._listen(Event("call", code if isinstance(code, str) else f"{call.name}({call.arguments})"))
         step = await self._environment.step(message)
         for answer in step.messages:
@@ -88,14 +87,23 @@ class Watched:
         await self._environment.close()
 
 
-def spoken(text: str, *, ended: bool) -> str:
-    """What of a turn's text is certain to be words: up to the first call, half a character or half a tag held back."""
-    text = text.partition(CALL)[0] if CALL in text else text
+def spoken(text: str, form: Format = FORMATS["hermes"], *, ended: bool) -> str:
+    """The part of an unfinished turn that is certain to be words.
+
+    Raw calls are hidden; a half-written character or tag at the end is held back until the turn ends.
+    """
+    if form.whole:
+        thoughts, closing, body = text.rpartition("</think>")
+        begun = body.lstrip()
+        if begun.startswith(form.opening) or (not ended and form.opening.startswith(begun)):
+            text = thoughts + closing
+        return text if ended else text.rstrip("\ufffd")
+    text = text.partition(form.opening)[0]
     if ended:
         return text
     text = text.rstrip("\ufffd")
-    for size in range(min(len(CALL) - 1, len(text)), 0, -1):
-        if CALL.startswith(text[-size:]):
+    for size in range(min(len(form.opening) - 1, len(text)), 0, -1):
+        if form.opening.startswith(text[-size:]):
             return text[:-size]
     return text
 
@@ -120,11 +128,11 @@ async def reply(
         history: the conversation so far; the last message is the user's.
         sampling: temperature, top-p, seed.
         budget: limits of the answer.
-        listen: told each piece as it comes.
+        listen: receives each event.
         session: names the answer to the engine.
 
     Returns:
-        The trajectory; what it `said` is to be added to the history.
+        The trajectory; its `said` messages belong to the history from then on.
     """
     watched = Watched(engine, environment, chat, listen)
     task = Task(session, list(history), None)

@@ -1,5 +1,8 @@
 """Talking to a model: in the terminal, and as an OpenAI client does; real processes and a real sandbox."""
 
+import contextlib
+import gzip
+import io
 import json
 import re
 import subprocess
@@ -8,6 +11,7 @@ import sys
 import httpx
 import pytest
 from aiohttp import web
+from rich.console import Console
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
@@ -17,6 +21,8 @@ from open_agentrl_jax.run.policy import create_model
 from open_agentrl_jax.run.world import open_world
 from open_agentrl_jax.serve import endpoint as chat_server
 from open_agentrl_jax.serve.agent import Agent, open_agent
+from open_agentrl_jax.serve.streaming import Event
+from open_agentrl_jax.serve.terminal import printable, printer
 from open_agentrl_jax.types import UserError
 from tests.launch.runs import ROOT, environment
 
@@ -115,12 +121,68 @@ def test_the_terminal(export, tmp_path):
 
 
 async def test_mistakes_are_told(export):
-    with pytest.raises(UserError, match="--model is missing"):
-        open_agent("", slots=1)
-    with pytest.raises(UserError, match="--max_response=600: the model's context is 512"):
+    with pytest.raises(UserError, match="max_response=600: the model's context is 512"):
         open_agent(str(export), slots=1, max_response=600)
     with pytest.raises(UserError, match="set CHAT_TOKEN"):
         await chat_server.serve(None, chat_server.Spec("0.0.0.0", 0, "", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({}, b'{"messages": ' + b"[" * 100_000, 400),
+        ({"Content-Type": "application/json; charset=bogus"}, b"\xff{", 400),
+        ({}, json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400),
+        ({"Content-Encoding": "gzip"}, b"not gzip", 415),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b"{}"), 415),
+        ({"Content-Type": "text/plain"}, b"{}", 415),
+        ({"Host": "evil.example"}, b"{}", 403),
+        ({"Host": "evil.example:80@localhost"}, b"{}", 400),
+        ({"Origin": "https://evil.example"}, b"{}", 403),
+        ({"Origin": "null"}, b"{}", 403),
+        ({"Origin": "http://localhost:3000"}, b"{}", 400),
+        ({"Authorization": b"Bearer \xff"}, b"{}", 400),
+    ],
+)
+async def test_odd_and_foreign_requests_are_refused(headers, content, status):
+    app = chat_server.make_app(None, chat_server.Spec("127.0.0.1", 0, "", 1.0))
+    async with served(app) as url, httpx.AsyncClient() as client:
+        headers = {"Content-Type": "application/json", **headers}
+        answer = await client.post(f"{url}/v1/chat/completions", content=content, headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+async def test_a_token_of_odd_bytes_is_a_wrong_token():
+    app = chat_server.make_app(None, chat_server.Spec("127.0.0.1", 0, "secret", 1.0))
+    async with served(app) as url, httpx.AsyncClient() as client:
+        for given in (b"Bearer \xff", b"", b"Bearer wrong"):
+            answer = await client.get(f"{url}/v1/models", headers={"Authorization": given, "Host": "evil.example"})
+            assert answer.status_code == 401
+
+
+@contextlib.asynccontextmanager
+async def served(app):
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def test_the_terminal_shows_no_control_characters():
+    hostile = "a\x1b]52;c;ZXZpbA==\x07b\x9b2J\x7f\u202ec\n\td\r\x00é日"
+    assert printable(hostile) == "a]52;c;ZXZpbA==b2Jc\n\tdé日"
+
+
+async def test_events_are_printed_without_escape_sequences():
+    console = Console(file=io.StringIO(), force_terminal=False)
+    listen = printer(console)
+    for kind in ("text", "call", "output"):
+        await listen(Event(kind, "x\x1b]0;title\x07y"))
+    shown = console.file.getvalue()
+    assert "\x1b" not in shown and "\x07" not in shown and shown.count("x]0;titley") == 3
 
 
 async def test_tool_calls_run_in_the_sandbox_and_are_shown():

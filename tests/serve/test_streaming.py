@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from open_agentrl_jax.agent import episode
+from open_agentrl_jax.agent.calls import FORMATS
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import ToolEnvironment, ToolResult, ungraded
 from open_agentrl_jax.agent.python_tool import PythonTool
@@ -116,3 +117,17 @@ async def test_a_call_that_cannot_be_read_is_told_with_its_reason(chat):
 )
 def test_what_may_become_a_tag_is_held_back(text, ended, words):
     assert spoken(text, ended=ended) == words
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "ended", "words"),
+    [
+        ("llama_json", '<think>so</think>{"name": "f"', False, "<think>so</think>"),
+        ("llama_json", '{"na', False, ""),
+        ("llama_json", "It is {1}.", False, "It is {1}."),
+        ("pythonic", "[f(", True, ""),
+        ("pythonic", "See [1]", False, "See [1]"),
+    ],
+)
+def test_a_turn_that_is_a_call_is_hidden(format, text, ended, words):
+    assert spoken(text, FORMATS[format], ended=ended) == words
