@@ -4,8 +4,8 @@
     python -m launch.chat --model=runs/quickstart/export --serve=8009      # an OpenAI-compatible endpoint
 
 In the conversation, /reset forgets the history, /save FILE writes it as JSON, /quit or Ctrl-D leaves, and Ctrl-C stops
-an answer. Budgets and sandbox are those of the run that the model lies in, else the defaults of config.py; --max_response
-and --max_turns override them. --serve requires the environment variable CHAT_TOKEN unless --host is loopback.
+an answer. Budgets and sandbox are those of the run that the model lies in, else the defaults of config.py;
+--max_response and --max_turns override them. --serve requires CHAT_TOKEN in the environment unless --host is loopback.
 """
 
 from __future__ import annotations

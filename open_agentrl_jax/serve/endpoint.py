@@ -113,11 +113,10 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
             return _refusal(400, str(error))
 
     async def complete(request: web.Request) -> web.StreamResponse:
-        if (
-            request.content_type != "application/json"
-            or request.headers.get("Content-Encoding", "identity") != "identity"
-        ):
-            return _refusal(415, "send the body as Content-Type: application/json, uncompressed")
+        if "Content-Type" not in request.headers:
+            raise UserError("Content-Type is missing; send application/json")
+        if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+            return _refusal(415, "send the body as Content-Type: application/json, without Content-Encoding")
         try:
             body = json.loads(await request.read())
         except (ValueError, RecursionError):
