@@ -26,10 +26,11 @@ from open_agentrl_jax.data.loader import Mixture
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.models.folders import check_target
 from open_agentrl_jax.parallel import agreement, processes
-from open_agentrl_jax.parallel.mesh import initialize_distributed
+from open_agentrl_jax.parallel.mesh import count_devices, initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
+from open_agentrl_jax.run.doctor import preflight
 from open_agentrl_jax.run.engines import check_generation
 from open_agentrl_jax.run.phases import Parts, run_rl, run_sft
 from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
@@ -73,9 +74,11 @@ def experiment(config: Config, profile: bool) -> int:
     stopper.install()
     loop = EventLoop()
     with Screen(quiet=not processes.first()) as screen:
+        screen.say(count_devices())
         screen.say(f"run {config.name}: {directory}")
         choose_packing(config, 1, mesh_of(config))  # what the mesh does not divide is told before loading
         check_target(directory / "export")
+        preflight(config, screen.say, screen.table)
         folder = open_folder(config, directory)
         if processes.first() and (config.rl.steps or config.rl.epochs or config.data.eval):
             check_generation(config)  # servers are missed now, not after SFT

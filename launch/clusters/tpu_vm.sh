@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training run on a Cloud TPU VM, from nothing to nothing.
+# One training run on a Cloud TPU VM: create, install, run, stop, delete.
 #
 #   launch/clusters/tpu_vm.sh create                                      # the TPU (SPOT=1: a preemptible one)
 #   launch/clusters/tpu_vm.sh install                                     # this checkout's commit, on all workers
@@ -60,7 +60,7 @@ run() {
   (($#)) || die "run: give the flags of launch.train, e.g. --config=configs/qwen3_4b_grpo_tcr.py"
   local flags
   flags=$(printf ' %q' "$@")
-  # setsid: the run outlives this connection. It ends by itself, or by stop.
+  # setsid: the run outlives this connection; it ends by itself or by stop
   everywhere "cd $HOME_DIR && setsid nohup .venv/bin/python -m launch.train$flags >train.log 2>&1 </dev/null & sleep 5; tail -n 3 $HOME_DIR/train.log"
 }
 
@@ -78,5 +78,5 @@ case $action in
 create | install | run | stop | logs | status | delete) ;;
 *) die "give one of create, install, run, stop, logs, status, delete; see the head of this file" ;;
 esac
-[[ -n $DRY ]] || command -v gcloud >/dev/null || die "gcloud is not there; install the Google Cloud CLI, or use --dry-run"
+[[ -n $DRY ]] || command -v gcloud >/dev/null || die "gcloud is not installed here; install the Google Cloud CLI, or use --dry-run"
 "$action" "${@:2}"

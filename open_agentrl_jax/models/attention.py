@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.blocks import Where, bounds, needed
 from open_agentrl_jax.models.cudnn import cudnn
-from open_agentrl_jax.models.splash import block_size, splash
+from open_agentrl_jax.models.splash import block_size, splash, static_splash
 from open_agentrl_jax.models.triton import triton
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
@@ -107,6 +107,19 @@ def pick(t: int, head_dim: int, dtype: jnp.dtype) -> str:
     return "blockwise"
 
 
+def why_slow(t: int, head_dim: int, dtype: jnp.dtype) -> str:
+    """Why `pick` takes "blockwise" on an accelerator, with the field to change; "" where it takes a kernel."""
+    if platform() == "cpu" or pick(t, head_dim, dtype) != "blockwise":
+        return ""
+    if platform() == "tpu":
+        return f"a device holds {t} tokens of a row, which 128 does not divide; change packing.length"
+    if dtype.itemsize > 2:
+        return f"model.compute_dtype is {dtype}; use bfloat16"
+    if head_dim > 128:
+        return f"head_dim is {head_dim}, the GPU kernels take at most 128"
+    return f"{jax.devices()[0].device_kind} has less than 130 KiB of shared memory per multiprocessor"
+
+
 def platform() -> str:
     """What is compiled for: "tpu", "gpu" or "cpu"; that of the mesh, which may be a machine that is not here."""
     mesh = current_mesh()
@@ -168,6 +181,11 @@ def on_tpu(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where
     return splash(q, k, v, queries, keys, interpret=platform() != "tpu")
 
 
+def on_tpu_static(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:
+    """Splash kernels with a static causal mask; interpreted elsewhere than on a TPU, for tests."""
+    return static_splash(q, k, v, queries, keys, interpret=platform() != "tpu")
+
+
 def on_gpu(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:
     """Triton kernels; elsewhere than on a GPU they are interpreted, which is slow and for tests."""
     return triton(q, k, v, queries, keys, interpret=platform() != "gpu")
@@ -188,6 +206,7 @@ BACKENDS: dict[str, Backend] = {
     "plain": plain,
     "blockwise": blockwise,
     "splash": on_tpu,
+    "splash_static": on_tpu_static,
     "triton": on_gpu,
     "cudnn": by_cudnn,
 }

@@ -19,7 +19,7 @@ ARCHITECTURES = {
 }
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "attention", "offload")
-ATTENTION = ("auto", "plain", "blockwise", "splash", "triton", "cudnn")
+ATTENTION = ("auto", "plain", "blockwise", "splash", "splash_static", "triton", "cudnn")
 RUN_TIME = ("compute_dtype", "remat", "attention")  # how a model is run; not part of config.json
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from open_agentrl_jax.models.blocks import Where, bounds, needed
+from open_agentrl_jax.types import UserError
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
 # The largest block tried. Larger ones have fewer grid steps and waste more at the ends of sequences; from 2,560 on they
@@ -99,3 +100,41 @@ def _schedule(pairs: jax.Array, *, following: bool) -> tuple[jax.Array, jax.Arra
 
 def _causal(query: jax.Array, key: jax.Array) -> jax.Array:
     return query >= key
+
+
+def static_splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where, *, interpret: bool = False
+) -> jax.Array:
+    """As `splash`, but with JAX's own static causal mask instead of a schedule made on the device.
+
+    Computes every block below the diagonal, whatever the segments. Use it if the schedules fail on a real TPU.
+
+    Raises:
+      UserError: the queries are a part of the row: the static mask needs whole rows.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block, (_, t, h, D) = block_size(q.shape[1]), q.shape
+    if block is None or t != k.shape[1]:
+        raise UserError(
+            f"model.attention=splash_static: rows of {t} of {k.shape[1]} tokens; it needs whole rows of a multiple of "
+            f"{LANES} tokens: choose packing.length so, and mesh.seq so that it divides the key-value heads"
+        )
+    sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
+    attend = kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((t, t))] * h),
+        block_sizes=kernels.BlockSizes(**sizes, block_kv_compute=block, block_kv_dkv_compute=block),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) / math.sqrt(D)).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, at: jax.Array) -> jax.Array:
+        o = jnp.asarray(attend(q, k, v, kernels.SegmentIds(at, at)))
+        return jnp.where((at != 0)[:, None, None], o.swapaxes(0, 1), 0)
+
+    return jax.lax.map(lambda x: row(*x), (q, k, v, queries.segments))

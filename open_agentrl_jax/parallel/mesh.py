@@ -1,9 +1,11 @@
-"""The device mesh: axes data, fsdp, seq, tensor, all in explicit sharding mode."""
+"""The device mesh: axes data, fsdp, seq, tensor, all in explicit sharding mode; and how processes join to form it."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
+import socket
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,30 +16,33 @@ from jax.sharding import AxisType, Mesh
 from open_agentrl_jax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
-# Held while a program is handed to the devices of a mesh, where another thread does so too: did two programs come to
-# two devices in different order, the collectives of each would wait for the other.
+# Held while a program is dispatched to the devices of a mesh if another thread may dispatch too: if two programs reach
+# two devices in different orders, their collectives deadlock.
 launching = threading.RLock()
 
 
 def make_mesh(
     data: int = 1, fsdp: int = -1, seq: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Lay the devices out; enter the mesh with `jax.set_mesh(mesh)` before arrays are made or functions traced.
+    """A mesh over the devices; enter it with `jax.set_mesh(mesh)` before creating arrays or tracing functions.
+
+    Several TPU slices are joined by a slower network: `data` then runs over the slices first, and the other axes stay
+    within a slice.
 
     Args:
       data: copies of the parameters; the batch is split over it.
-      fsdp: parts of the parameters; the batch is split over it too. -1 takes the devices that are left.
+      fsdp: parts of the parameters; the batch is split over it too. -1 takes all remaining devices.
       seq: parts of each row and of the vocabulary (context parallelism).
       tensor: parts of heads, hidden units and vocabulary; between matrix products, of each row.
-      devices: the devices to use, all by default; for ahead-of-time compilation those of a topology.
+      devices: default: all devices; for ahead-of-time compilation those of a topology.
 
     Raises:
-      UserError: the sizes do not make up the number of devices.
+      UserError: the product of the sizes is not the number of devices, or `data` does not divide by the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, seq, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: {_show(sizes)}: each size must be at least 1, one of them may be -1 (what is left)")
+        raise UserError(f"mesh: {_show(sizes)}: each size must be at least 1; one may be -1 (all remaining devices)")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
@@ -47,7 +52,21 @@ def make_mesh(
             if -1 in sizes
             else f"mesh: {_show(sizes)} needs {known} devices, there are {len(devices)}; set one size to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    types = (AxisType.Explicit,) * len(AXES)
+    slices = len({_slice(device) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(f"mesh: data={sizes[0]} does not divide by the {slices} slices; set mesh.data to {slices}")
+    from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+    return Mesh(create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
+
+
+def _slice(device: Any) -> int:
+    """The TPU slice of a device; 0 where the platform has none."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
@@ -59,13 +78,18 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 def initialize_distributed(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Join this process to the others; does nothing where one process is all there is.
+    """Joins this process to the others of the run; does nothing for a single process.
 
-    The three values come from the arguments, else from COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID, else from the
-    cluster itself where JAX can ask it (Cloud TPU, Slurm, Kubernetes). Call it before anything touches a device.
+    The three values come from the arguments, else from COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID, else from
+    JAX's own detection (Cloud TPU by metadata or environment, SLURM, Open MPI). Pods without TPUs set the three
+    variables, as launch/clusters/gke_gpu_jobset.yaml does. Call it before anything touches a device.
+
+    On SLURM, JAX gives each process the one GPU of its rank on the node. Started with one process per node, as
+    launch/clusters/slurm.sh does, the process takes all GPUs of its node instead: it loads the weights once per node
+    and has the node's cores for episodes and grading. With several processes per node each takes its one GPU.
 
     Raises:
-      UserError: some of the three are given and some are not.
+      UserError: some of the three values are given and some are not.
     """
     given = {
         "coordinator": coordinator or os.environ.get("COORDINATOR_ADDRESS"),
@@ -76,9 +100,66 @@ def initialize_distributed(
     if 0 < len(missing) < 3:
         raise UserError(f"distributed: {missing[0]}: missing; give all of coordinator, num_processes and process_id")
     if not missing:
-        jax.distributed.initialize(given["coordinator"], int(given["num_processes"]), int(given["process_id"]))
-    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        jax.distributed.initialize()
+        address, count, me = given["coordinator"], int(given["num_processes"]), int(given["process_id"])
+        # With detection off, a SLURM job that also sets the three variables keeps all of its GPUs.
+        jax.distributed.initialize(address, count, me, cluster_detection_method="deactivate")
+    elif cluster := detected_cluster():
+        own = list(range(_slurm_gpus())) if cluster == "slurm" and _slurm_tasks_per_node() == 1 else []
+        jax.distributed.initialize(cluster_detection_method=cluster, local_device_ids=own or None)
+
+
+def detected_cluster() -> str | None:
+    """JAX's name of the cluster manager that started this process ("slurm", "gcetpu", ...); None: there is none."""
+    from jax._src.clusters import ClusterEnv  # jax.distributed.initialize has no public way to only detect
+
+    for cluster in ClusterEnv._cluster_types:
+        name = cluster.name
+        if cluster.opt_in_only_method or not name:
+            continue  # the unnamed one is Kubernetes, which fails in pods that are not part of an indexed job
+        if cluster.is_env_present() and not (name == "slurm" and int(os.environ["SLURM_NTASKS"]) == 1):
+            return name
+    return None
+
+
+def count_devices() -> str:
+    """The devices found and expected, as the first line of a run's log.
+
+    Raises:
+      UserError: this process has fewer devices than the cluster manager assigned to it.
+    """
+    found, expected = jax.local_device_count(), expected_devices()
+    device = jax.local_devices()[0]
+    if expected and found < expected:
+        raise UserError(
+            f"devices: process {jax.process_index()} on {socket.gethostname()} found {found} ({device.platform}) of "
+            f"{expected}; install the JAX of this accelerator, or start one process per node"
+        )
+    count, kind = jax.process_count(), device.device_kind
+    total = f"{jax.device_count()} found, {expected * count if expected else 'any number'} expected"
+    return f"devices: {total} ({count} {'process' if count == 1 else 'processes'} x {found} {kind})"
+
+
+def expected_devices() -> int:
+    """Devices that DEVICES_PER_PROCESS or the cluster manager assigns to this process; 0: unknown."""
+    if "DEVICES_PER_PROCESS" in os.environ:
+        return int(os.environ["DEVICES_PER_PROCESS"])
+    if chips := os.environ.get("TPU_CHIPS_PER_HOST_BOUNDS"):  # GKE sets e.g. 2,2,1
+        return math.prod(map(int, chips.split(",")))
+    if "SLURM_GPUS_ON_NODE" in os.environ:
+        return _slurm_gpus() if _slurm_tasks_per_node() == 1 else 1
+    return int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE") or 0)
+
+
+def _slurm_gpus() -> int:
+    """GPUs of this node that the job has."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return int(os.environ.get("SLURM_GPUS_ON_NODE") or len([name for name in visible.split(",") if name]))
+
+
+def _slurm_tasks_per_node() -> int:
+    """From "1(x2)", "2,1" and the like: the most on any node."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or "1"
+    return max(int(number) for number in re.findall(r"(?:^|,)(\d+)", text))
 
 
 def _show(sizes: Sequence[int]) -> str:

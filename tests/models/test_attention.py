@@ -103,11 +103,12 @@ def _three_rows(t):
     return rng, positions, segments
 
 
-def test_splash_is_the_plain_formula(monkeypatch):
+@pytest.mark.parametrize("backend", ["splash", "splash_static"])
+def test_splash_is_the_plain_formula(backend, monkeypatch):
     monkeypatch.setattr(splash, "_LARGEST", 128)  # three blocks a row
     rng, positions, segments = _three_rows(384)
     qkv, weight = _inputs(rng, 3, 384, 4, 2, 32)
-    ours = _with_gradients("splash", qkv, weight, segments, positions)
+    ours = _with_gradients(backend, qkv, weight, segments, positions)
     for a, b in zip(ours, _with_gradients("plain", qkv, weight, segments, positions), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
