@@ -123,20 +123,21 @@ def real(work: Work) -> tuple[list[collection.Sample], dict[str, int]]:
         stack.callback(journal.close)
         world = open_world(config)
         stack.callback(lambda: loop.run(world.close()))
-        wish = teachers.PlayerSpec(config, work.output, loop, world, journal, sampling, "collect", model=model, url=url)
-        teacher = teachers.TEACHERS[teachers.kind_of(config, url)](wish)
-        stack.callback(teacher.close)
+        spec = teachers.PlayerSpec(config, work.output, loop, world, journal, sampling, "collect", model=model, url=url)
+        teacher = teachers.TEACHERS[teachers.kind_of(config, url)](spec)
         tasks = choose(work, teacher.chat)
+        player = teacher.start()
+        stack.callback(player.close)
         groups = play_through(
-            teacher.play,
+            player.play,
             tasks,
             options.tries,
-            teacher.concurrency,
+            player.concurrency,
             loop,
             lambda done, total: work.screen.bar("collect", done, total),
         )
         work.card["made"] |= {"teacher": f"{model} at {url}" if url else model, "tries a problem": options.tries}
-        work.card["teacher"] = {**teacher.counts(), "calls saved by the journal": journal.saved}
+        work.card["teacher"] = {**player.counts(), "calls saved by the journal": journal.saved}
     counts: collections.Counter[str] = collections.Counter({name: 0 for name, _ in collection.CHECKS})
     samples = []
     for group in groups:

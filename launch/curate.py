@@ -21,11 +21,11 @@ from launch import command
 from launch.command import define, option
 from open_agentrl_jax.collect import collection, curation, teachers
 from open_agentrl_jax.collect.curation import PassRate
-from open_agentrl_jax.collect.journal import Journal, Play
+from open_agentrl_jax.collect.journal import Journal
 from open_agentrl_jax.collect.picture import bars
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data.prompts import write_tasks
-from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop
+from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop, Play
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.run.world import open_world, reader_of
 from open_agentrl_jax.telemetry.screen import Screen
@@ -103,17 +103,18 @@ def main(config: Config, options: Options) -> int:
         stack.callback(journal.close)
         world = open_world(config)
         stack.callback(lambda: loop.run(world.close()))
-        policy = teachers.policy(
+        teacher = teachers.policy(
             teachers.PlayerSpec(config, output, loop, world, journal, sampling, "curate", model=model)
         )
-        stack.callback(policy.close)
-        mixture, notes = inputs.training_problems(config, policy.chat)
+        mixture, notes = inputs.training_problems(config, teacher.chat)
         read = list(mixture)[: options.limit or None]
         tasks = [task for task in read if not contaminated(collection.problem_of(task))]
         if not tasks:
             raise UserError(f"data.train {config.data.train}: all {len(read)} problems are in an evaluation set")
         for note in notes:
             screen.say(note)
+        policy = teacher.start()
+        stack.callback(policy.close)
         rollouts = problems = 0
 
         def on_rollout() -> None:

@@ -62,14 +62,14 @@ def main(config: Config, options: Options) -> int:
         stack.callback(journal.close)
         world = open_world(config, tools=options.tools)
         stack.callback(lambda: loop.run(world.close()))
-        player = teachers.policy(
-            teachers.PlayerSpec(config, directory, loop, world, journal, sampling, "evaluate", model=model)
-        )
-        stack.callback(player.close)
-        found, notes = inputs.problems(config, config.data.eval, player.chat, evaluation=True)
+        spec = teachers.PlayerSpec(config, directory, loop, world, journal, sampling, "evaluate", model=model)
+        teacher = teachers.policy(spec)
+        found, notes = inputs.problems(config, config.data.eval, teacher.chat, evaluation=True)
         tasks = list(found)
         for note in notes:
             screen.say(note)
+        player = teacher.start()
+        stack.callback(player.close)
         groups = play_through(
             player.play,
             tasks,
@@ -81,6 +81,8 @@ def main(config: Config, options: Options) -> int:
         if journal.found:
             total = len(tasks) * config.eval.samples
             screen.say(f"{journal.found} of {total} episodes were there already: {journal.path}")
+        if all(t.aborted for group in groups for t in group.trajectories):
+            raise UserError(all_aborted(groups))
         figures = {
             "model": model,
             "data": config.data.eval,
@@ -96,6 +98,20 @@ def main(config: Config, options: Options) -> int:
         show(screen, figures, other)
         screen.say(f"all figures: {output}")
     return 0
+
+
+def all_aborted(groups: Sequence[Group]) -> str:
+    """The message where no episode was graded, with the most frequent reason."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    late = sum(bool(t.metrics.get("timed_out")) for t in trajectories)
+    faults = [t.error.strip().splitlines()[-1] for t in trajectories if t.error]
+    if faults:
+        reason = f"{len(faults)} ended by an error in a tool, grader or environment, the first: {faults[0]}"
+    elif late:
+        reason = f"{late} ran out of time: raise agent.seconds"
+    else:
+        reason = "engine, sandbox or grader failed each of them"
+    return f"none of {len(trajectories)} episodes was graded ({reason})"
 
 
 def read_figures(path: str) -> dict[str, Any]:
@@ -142,9 +158,12 @@ def show(screen: Screen, figures: dict[str, Any], other: dict[str, Any] | None) 
         if not name.startswith("bootstrap")
     ]
     screen.table(f"{figures['data']}, {figures['mode']}", columns, rows)
-    tools = figures["tools"]
+    tools, episodes = figures["tools"], figures["episodes"]
     screen.say(
-        f"{figures['mode']}: {tools['calls_a_response']:.2f} calls a response, {tools['calls_succeeded']:.0%} "
+        f"{episodes['all'] - episodes['aborted']} of {episodes['all']} episodes graded, {episodes['aborted']} aborted"
+    )
+    screen.say(
+        f"{figures['mode']}: {tools['calls_a_response']:.2f} calls per response, {tools['calls_succeeded']:.0%} "
         f"succeeded, {tools['responses_without_call']:.0%} of the responses made none"
     )
     if test := figures.get("comparison"):

@@ -1,7 +1,7 @@
-"""A journal of what was expensive: each answer is written down when it comes, so a killed command loses none.
+"""A journal of expensive answers: each is written when it arrives, so that a killed command loses none.
 
-One file a set of settings: whatever would change an answer (weights, sampling, budgets) is in the file's name, so a
-command with other settings starts afresh, and one that only wants more of the same goes on.
+There is one file per set of settings. Its name holds a hash of everything that would change an answer (weights,
+sampling, budgets): a command with other settings starts afresh, and one that asks for more of the same continues.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from open_agentrl_jax.rollout.scheduler import Play
 from open_agentrl_jax.types import Completion, Sampling, Task, ToolCall, Trajectory, Turn, UserError
 
 
 class Journal:
-    """Answers by key, on disk. `found` counts those of an earlier run that were used, `saved` the calls they cost."""
+    """Answers by key, on disk. `found` counts answers of earlier runs that were used, `saved` the calls they cost."""
 
     def __init__(self, directory: str | os.PathLike[str], name: str, settings: dict[str, Any]):
-        """Opens `<directory>/<name>-<hash of settings>.jsonl`; a line that a kill cut short is dropped.
+        """Opens `<directory>/<name>-<hash of settings>.jsonl`; a line cut short by a kill is dropped.
 
         Raises:
-            UserError: another process writes it, or a whole line of it is damaged.
+            UserError: another process holds the file, or a complete line is damaged.
         """
         self.path = Path(directory) / f"{name}-{digest(settings)[:10]}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ class Journal:
         except BaseException as error:
             self._file.close()
             if isinstance(error, BlockingIOError):
-                raise UserError(f"{self.path}: another command is writing it; wait for it, or stop it") from error
+                raise UserError(f"{self.path}: another command is using it; wait for it, or stop it") from error
             raise
         self._unclaimed = set(self._answers)
         if not self._file.tell():
@@ -62,7 +63,7 @@ class Journal:
         return answers
 
     def get(self, key: str) -> Any:
-        """The answer, or None; one of an earlier run is counted when it is first asked for."""
+        """The answer, or None; the first use of an earlier run's answer is counted."""
         answer, calls = self._answers.get(key, (None, 0))
         if key in self._unclaimed:
             self._unclaimed.remove(key)
@@ -70,7 +71,7 @@ class Journal:
         return answer
 
     def put(self, key: str, answer: Any, *, calls: int = 1) -> None:
-        """Writes an answer down, and how many calls it took; it is with the operating system when this returns."""
+        """Writes an answer and how many calls it took; the operating system has it on return."""
         self._write({"key": key, "value": answer, "calls": calls})
         self._answers[key] = answer, calls
 
@@ -85,22 +86,19 @@ class Journal:
 
 
 def digest(*parts: Any) -> str:
-    """A hexadecimal hash of anything that JSON can hold."""
+    """A hexadecimal hash of JSON-like values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def key_of(task: Task, sample: int) -> str:
-    """Names one episode: the problem as it was put, what grades it, and the number of the try."""
+    """Names one episode by its prompt, its truth and the number of the try."""
     return f"{task.id} {sample} {digest([m.to_chat() for m in task.messages], task.answer)[:16]}"
 
 
-Play = Callable[..., Awaitable[Trajectory]]
-
-
 def remembered(play: Play, journal: Journal) -> Play:
-    """`play` (see rollout.scheduler.Play), but an episode that the journal holds is not played again.
+    """Wraps `play`: episodes in the journal are not played again, and come back without tokens.
 
-    Aborted episodes are not written down. What comes from the journal has no tokens, only its texts and figures.
+    Aborted episodes are not kept.
     """
 
     async def replay(task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
@@ -116,7 +114,7 @@ def remembered(play: Play, journal: Journal) -> Play:
 
 
 def to_record(trajectory: Trajectory) -> dict[str, Any]:
-    """All but the token streams, for JSON."""
+    """Everything but the token streams, for JSON."""
     names = ("stop", "reward", "accuracy", "prediction", "metrics")
     turns = [dataclasses.asdict(turn) for turn in trajectory.turns]
     return {"turns": turns, **{name: getattr(trajectory, name) for name in names}}
@@ -129,13 +127,13 @@ def from_record(record: dict[str, Any]) -> Trajectory:
 
 
 def tokenless(turns: list[Turn], stop: str, **fields: Any) -> Trajectory:
-    """A trajectory of which only the text is known."""
+    """A trajectory without token streams."""
     none = np.zeros(0, np.int32)
     return Trajectory(none, none.astype(bool), none.astype(np.float32), none, turns, stop, **fields)
 
 
 class RememberingEngine:
-    """An engine whose finished generations are written down; the log-probs of one that comes back are unknown (NaN)."""
+    """An engine with a journal of its generations; log-probs of a generation from the journal are NaN."""
 
     def __init__(self, engine: Any, journal: Journal):
         self._engine, self._journal = engine, journal

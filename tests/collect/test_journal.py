@@ -51,7 +51,7 @@ def test_a_line_cut_by_a_kill_is_dropped_and_the_next_one_is_whole(tmp_path, cut
 
 def test_a_damaged_line_and_a_second_writer_are_told(tmp_path):
     journal = Journal(tmp_path, "j", {})
-    with pytest.raises(UserError, match="another command is writing it"):
+    with pytest.raises(UserError, match="another command is using it"):
         Journal(tmp_path, "j", {})
     journal.close()
     with journal.path.open("a") as file:

@@ -6,6 +6,7 @@ import pytest
 
 from configs import quickstart
 from launch import evaluate
+from open_agentrl_jax.collect import teachers
 from open_agentrl_jax.collect.journal import tokenless
 from open_agentrl_jax.run.players import Player
 from open_agentrl_jax.run.policy import create_model
@@ -89,3 +90,21 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(model, tmp_pa
     with pytest.raises(UserError, match=r"--compare=.*other\.json") as error:
         figures(model, tmp_path / "x.json", "arithmetic", compare=str(other))
     assert "\n" not in str(error.value) and not (tmp_path / "journals").exists()
+
+
+def test_data_is_read_before_weights(model, tmp_path, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(teachers, "load_policy", never)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl is not there"):
+        figures(model, tmp_path / "e.json", "nowhere.jsonl")
+
+
+def test_an_evaluation_without_a_graded_episode_says_why(model, tmp_path):
+    config = tiny()
+    config.run_dir, config.data.eval, config.data.eval_limit = str(tmp_path), f"gsm8k={PROBLEMS}", 1
+    config.agent.seconds = 0.0001
+    with pytest.raises(UserError, match=r"none of 2 episodes was graded \(2 ran out of time: raise agent\.seconds\)"):
+        evaluate.main(config, evaluate.Options(model=str(model), output=str(tmp_path / "e.json")))
+    assert not (tmp_path / "e.json").exists()
