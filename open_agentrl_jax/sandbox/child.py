@@ -17,6 +17,7 @@ import marshal
 import mmap
 import os
 import random
+import signal
 import site
 import socket
 import struct
@@ -29,7 +30,8 @@ from typing import Any, NoReturn
 from . import isolation
 
 NAME = "main.py"
-HEAD = struct.Struct("!I")
+HEAD, PID = struct.Struct("!I"), struct.Struct("!I")
+OUT_OF_MEMORY = 63  # signal by which a child ends after an uncaught MemoryError; text on stderr proves nothing
 # Of the standard library, what does something when it is imported: opens a browser or a window, runs tests.
 ACTING = {"antigravity", "idlelib", "test", "turtledemo"}
 # What a fork server imports before it forks. Each tier can run every program; a nearer one saves its imports.
@@ -103,6 +105,9 @@ optimize.brentq(lambda x: x * x - 2, 0, 2); optimize.minimize(lambda x: x[0] ** 
 }
 
 
+GENERATORS: list[random.Random] = []  # what the warm modules draw from (random's own, sympy's): seeded in each child
+
+
 def warm(tier: str) -> None:
     """Imports a tier and runs through it once. What cannot be imported is left out: programs then find that out."""
     for name in [*STANDARD, *TIERS[tier]]:
@@ -113,16 +118,28 @@ def warm(tier: str) -> None:
             with contextlib.suppress(ImportError):
                 for _ in range(3):  # until the interpreter has specialised what runs, and so leaves it unwritten
                     exec(program, {})
+    random_types = (random.Random,)
+    GENERATORS[:] = [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, random_types) and not isinstance(thing, random.SystemRandom)
+    ]
     site.setquit()
     site.setcopyright()
     site.sethelper()
 
 
-def main(world: isolation.World, slot: int, threads: int, channel: socket.socket) -> NoReturn:
-    """Settles in, waits for a request, locks itself in and runs it. Never returns.
+def main(world: isolation.World, slot: int, channel: socket.socket, status: int) -> NoReturn:
+    """Prepares the file system, waits for a request, isolates itself and runs the program. Never returns.
 
-    Descriptor 3 becomes the channel, over which one letter goes up: "d" with the directory to fetch from, "k" before
-    the program starts, "r" with why it is refused, "f" with what failed.
+    Descriptor 3 becomes the channel. The child sends one letter on it: "d" with the directory to fetch from, "k" before
+    the program starts, "r" with the reason of a refusal, "m" if the source does not fit into memory, "f" on a failure.
+
+    Args:
+        world: what the fork server prepared.
+        slot: the child's number among those alive.
+        channel: the socket to the executor.
+        status: socket over which the fork server receives this process's directory of /proc.
     """
     leave = os._exit
     os.dup2(channel.detach(), 3)
@@ -130,8 +147,7 @@ def main(world: isolation.World, slot: int, threads: int, channel: socket.socket
     threading.main_thread()._set_native_id()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         isolation.settle(world, slot)
-        if world.plan.level == "C":
-            os.setsid()
+        _send_proc(world, status)
         request, descriptors = receive(channel)
         if request is None:
             leave(0)
@@ -141,7 +157,7 @@ def main(world: isolation.World, slot: int, threads: int, channel: socket.socket
             socket.send_fds(channel, [b"d"], [disk := os.open("/tmp", os.O_RDONLY | os.O_DIRECTORY)])
             os.close(disk)
         _fill_streams(request["stdin"], *descriptors)
-        isolation.lock(world, slot, memory_mb=request["memory_mb"], timeout=request["timeout"], threads=threads)
+        isolation.lock(world, slot, memory_mb=request["memory_mb"], timeout=request["timeout"])
         _reseed()
         program = _Program(request["code"], disk=world.plan.disk)
         try:
@@ -150,29 +166,53 @@ def main(world: isolation.World, slot: int, threads: int, channel: socket.socket
             os.write(3, f"r{error}".encode())
             leave(1)
         os.write(3, b"k")
-        os.close(channel.detach())
+        session = request["session"]
+        if not session:
+            os.close(channel.detach())
         del request
+    except MemoryError:  # the limit holds already, and the source does not fit
+        os.write(3, b"m")
+        leave(1)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(3, f"f{type(error).__name__}: {error}".encode())
         leave(1)
     try:
-        leave(program.run())
-    finally:  # a program may have changed what `run` calls; it shall not come back into the fork server's loop
+        if session:
+            program.run_cells(channel)
+            leave(0)
+        code = program.run()
+        if program.out_of_memory:
+            signal.signal(OUT_OF_MEMORY, signal.SIG_DFL)
+            os.kill(os.getpid(), OUT_OF_MEMORY)
+        leave(code)
+    finally:  # the program may have changed what `run` calls, and must not return into the fork server's loop
         leave(1)
 
 
-def receive(channel: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    """Reads the request and the descriptors of stdout and stderr; None where the executor went away."""
+def _send_proc(world: isolation.World, status: int) -> None:
+    """Sends this process's id and its directory of /proc to the fork server, which measures the wait for CPUs there."""
+    with contextlib.suppress(OSError), socket.socket(fileno=status) as up:
+        directory = world.in_proc("self", os.O_PATH | os.O_DIRECTORY)
+        socket.send_fds(up, [PID.pack(os.getpid())], [directory], socket.MSG_DONTWAIT)
+        os.close(directory)
+
+
+def receive(channel: socket.socket) -> tuple[Any, list[int]]:
+    """Reads the request and the descriptors of stdout and stderr; None if the executor closed the channel."""
     data, descriptors, _, _ = socket.recv_fds(channel, 65536, 2)
+    return _receive_rest(channel, data), list(descriptors)
+
+
+def _receive_rest(channel: socket.socket, data: bytes) -> Any:
     parts, size = [data], len(data)
     wanted = HEAD.size + HEAD.unpack_from(data)[0] if size >= HEAD.size else 1
     while size < wanted:
         if not (data := channel.recv(1 << 20)):
-            return None, []
+            return None
         parts.append(data)
         size += len(data)
-    return marshal.loads(b"".join(parts)[HEAD.size :]), list(descriptors)
+    return marshal.loads(b"".join(parts)[HEAD.size :])
 
 
 def imported(code: str) -> list[str]:
@@ -254,7 +294,8 @@ def _fill_streams(stdin: bytes, stdout: int, stderr: int) -> None:
 
 
 def _reseed() -> None:
-    random.seed()
+    for generator in GENERATORS:
+        generator.seed()
     if (numpy := sys.modules.get("numpy")) is not None:  # 624 words of state; numpy.random.seed() would take 1 ms
         numpy.random.set_state(("MT19937", numpy.frombuffer(os.urandom(2496), numpy.uint32), 624))
 
@@ -271,6 +312,7 @@ class _Program:
         sys.modules["__main__"] = self.module
         lines = self.code.splitlines(keepends=True)
         linecache.cache[NAME] = (len(self.code), None, lines, NAME)
+        self.out_of_memory = False
         gc.enable()
 
     def run(self) -> int:
@@ -285,7 +327,7 @@ class _Program:
             code = _exit_code(error)
         except BaseException as error:
             ballast.close()
-            code = 1
+            code, self.out_of_memory = 1, isinstance(error, MemoryError)
             _tell(error)
         wait_for_threads = threading._shutdown  # pyright: ignore[reportAttributeAccessIssue]
         for last in (wait_for_threads, atexit._run_exitfuncs):
@@ -300,6 +342,41 @@ class _Program:
             except BaseException:
                 code = code or 120
         return code
+
+    def run_cells(self, channel: socket.socket) -> None:
+        """Runs cell after cell in one namespace until the channel closes.
+
+        Each answer is two bytes: "e" and a return code, "m" after an uncaught MemoryError, "i" after an interruption.
+        The executor believes no more of it than what the program could have done itself.
+        """
+        number = 0
+        while True:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if not (data := channel.recv(65536)) or (cell := _receive_rest(channel, data)) is None:
+                return
+            number += 1
+            channel.sendall(self._run_cell(bytes(cell).decode("utf-8", "surrogatepass"), f"<cell {number}>"))
+
+    def _run_cell(self, code: str, name: str) -> bytes:
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        ballast = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        answer = b"e\0"
+        try:
+            compiled = compile(code, name, "exec", dont_inherit=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            exec(compiled, self.module.__dict__)
+        except SystemExit as error:
+            answer = b"e" + bytes([_exit_code(error)])
+        except BaseException as error:
+            ballast.close()
+            kind = b"m" if isinstance(error, MemoryError) else b"i" if isinstance(error, KeyboardInterrupt) else b"e"
+            answer = kind + b"\1"
+            _tell(error)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        return answer
 
 
 def _exit_code(error: SystemExit) -> int:

@@ -15,6 +15,7 @@ import marshal
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,13 +24,16 @@ from typing import Any
 
 from open_agentrl_jax.sandbox import child, fetching, forkserver, isolation
 from open_agentrl_jax.sandbox.background import Background
-from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail, out_of_memory
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail
+from open_agentrl_jax.sandbox.session import LIFETIME, Session, _Process
 
 FOLDER = str(pathlib.Path(__file__).parent)
 STARTING = 120.0  # seconds that a fork server may take to warm
+PATIENCE = 120.0  # seconds to wait for a child where the kernel has no room for a process
 SLACK = 10.0  # seconds after which a fork server that reports no end is held dead
 HEAVY = re.compile(r"\b(numpy|sympy|scipy)\b")
 LONGEST_SCAN = 65_536  # characters; a longer program may import in the child
+SESSIONS = 384  # persistent sessions alive at once; further ones wait. A fork server has isolation.IDS user ids
 LONGEST = 1e7  # seconds of a time limit: one that a clock cannot hold would end the fork server
 LARGEST_MB = 1 << 20  # a greater memory limit limits nothing
 
@@ -204,6 +208,7 @@ class Request:
     max_output: int
     files: dict[str, bytes]
     fetch: tuple[str, ...]
+    session: bool = False  # the child waits for cells instead of running `code`
 
     def fault(self) -> str:
         """What is wrong with it, for which it is refused; "" where nothing is."""
@@ -227,6 +232,7 @@ class Request:
                 "memory_mb": int(min(self.memory_mb, LARGEST_MB)),
                 "files": {name: bytes(content) for name, content in self.files.items()},
                 "fetch": bool(self.fetch),
+                "session": self.session,
             }
         )
         return child.HEAD.pack(len(body)) + body
@@ -247,7 +253,9 @@ class Embedded(Background):
         self.counts: collections.Counter[str] = collections.Counter()
         self.metadata_extra: dict[str, Any] = {}
         self._servers: dict[str, asyncio.Task[ForkServer]] = {}
-        self._turns = asyncio.Semaphore(self.max_active)
+        self.turns = asyncio.Semaphore(self.max_active)
+        self.sessions: set[Session] = set()  # those that have a process
+        self.open_sessions = asyncio.Semaphore(SESSIONS)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -279,7 +287,39 @@ class Embedded(Background):
             return Result("refused", None, "", fault, 0.0)
         return await self.here(self._run(request))
 
+    def session(self, *, memory_mb: int = 2048) -> Session:
+        """Returns a persistent session, to be closed: `async with sandbox.session() as session`."""
+        return Session(self, memory_mb=memory_mb)
+
+    async def start_session(self, code: str, memory_mb: int) -> _Process:
+        """Starts the child of a session whose first cell is `code`; called by `Session` in this loop.
+
+        Raises:
+            OSError, TimeoutError: no child could be isolated.
+        """
+        tier = "scipy" if self.plan.chroot else tier_of(code)  # in an empty root nothing can be imported later
+        request = Request(code if self.plan.chroot else "", "", LIFETIME, memory_mb, KEPT, {}, (), session=True)
+        try:
+            server = await self._server(tier)
+            pid, channel = await asyncio.wait_for(server.take(), PATIENCE)
+        except Died as error:
+            raise OSError("the fork server ended") from error
+        server.ends[pid] = self.loop.create_future()
+        server.ends[pid].add_done_callback(lambda future: future.cancelled() or future.exception())
+        pipes = [os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) for _ in range(2)]
+        process = _Process(server, pid, channel, [read for read, _ in pipes], memory_mb)
+        try:
+            server.send(start=pid, timeout=LIFETIME)
+            await self._hand_over(channel, request.packed(), [write for _, write in pipes])
+            await process.hello()
+        except BaseException:
+            process.end()
+            raise
+        return process
+
     async def _release(self) -> None:
+        for session in list(self.sessions):
+            await session._end()
         servers = [task.result() for task in self._servers.values() if _alive(task)]
         for server in servers:
             server.end()
@@ -288,7 +328,7 @@ class Embedded(Background):
 
     async def _run(self, request: Request) -> Result:
         self.counts["runs"] += 1
-        async with self._turns:
+        async with self.turns:
             tier = tier_of(request.code)
             reason = ""
             for attempt in range(2):
@@ -321,7 +361,7 @@ class Embedded(Background):
     async def _once(self, tier: str, request: Request) -> Result:
         data = request.packed()
         server = await self._server(tier)
-        pid, channel = await asyncio.wait_for(server.take(), SLACK)
+        pid, channel = await asyncio.wait_for(server.take(), PATIENCE)
         end = server.ends[pid] = self.loop.create_future()
         pipes = [os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) for _ in range(2)]
         flooded = asyncio.Event()
@@ -340,7 +380,7 @@ class Embedded(Background):
             server.send(start=pid, timeout=request.timeout)
             await self._hand_over(channel, data, [write for _, write in pipes])
             try:
-                report = await asyncio.wait_for(end, request.timeout + SLACK)
+                report = await asyncio.wait_for(end, max(request.timeout, 0) * forkserver.STRETCH + SLACK)
             except TimeoutError:
                 server.end()
                 raise Died from None
@@ -390,18 +430,25 @@ class Embedded(Background):
         files: dict[str, bytes],
     ) -> Result:
         said = said.removeprefix(b"d")
+        if report["starved"]:
+            raise OSError("the program was starved: other load on this machine left it too little CPU time")
+        if said == b"m":
+            self.counts["memory"] += 1
+            return Result("memory", 1, "", "MemoryError: the source does not fit\n", report["seconds"])
         if said.startswith(b"r"):
             return Result("refused", None, "", said[1:].decode("utf-8", "replace"), report["seconds"])
         if said != b"k" and not report["late"]:  # a very short time may be over before the isolation is told
             raise OSError(f"a child could not be isolated: {said[1:].decode('utf-8', 'replace') or 'it ended early'}")
         out, err = (stream.kept() for stream in streams)
         code = report["code"]
-        full = code < 0 and report["memory"] * 1024 > 0.9 * request.memory_mb * 2**20
+        full = code == -signal.SIGKILL and report["memory"] * 1024 > 0.9 * request.memory_mb * 2**20
         status = "timeout" if report["late"] else "finished"
         if flooded:
             status = "finished"
             err += f"\nStopped: it wrote more than {FLOOD // 2**20} MiB to a standard stream.\n".encode()
-        elif status == "finished" and code != 0 and (full or out_of_memory(err.decode("utf-8", "replace"))):
+        elif code == -child.OUT_OF_MEMORY:
+            status, code = "memory", 1
+        elif status == "finished" and full:
             status = "memory"
         self.counts[status] += 1
         text = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")

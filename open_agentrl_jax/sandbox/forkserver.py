@@ -4,7 +4,8 @@ It never sees a program or an output: a child's memory is a copy of its own, so 
 forks children ahead, hands each one's socket to the executor, watches deadlines and reaps. Standard library only; it is
 started by `BOOT`, which loads this folder alone, never the package around it.
 
-Messages on the control socket are JSON, one a packet: down {"fork": n} | {"start": pid, "timeout": s} | {"kill": pid};
+Messages on the control socket are JSON, one a packet: down {"fork": n} | {"start": pid, "timeout": s} | {"kill": pid}
+| {"interrupt": pid};
 up {"world": {...}} | {"failed": text} | {"ready": pid} with the child's socket | {"exit": pid, "code": c, ...}.
 """
 
@@ -49,6 +50,8 @@ ENVIRONMENT = {
     "MPLBACKEND": "agg",
 }
 PACKET = 65536
+LOOK = 0.1  # seconds between two looks at what the children use
+STRETCH, STARVED = 2.0, 0.25  # see Server._kill_late
 
 
 def main(descriptor: int) -> None:
@@ -109,8 +112,14 @@ class Server:
         self.children: dict[int, int] = {}  # pid: slot
         self.starts: dict[int, float] = {}
         self.deadlines: dict[int, float] = {}
+        self.limits: dict[int, float] = {}
+        self.proc: dict[int, int] = {}  # pid: descriptor of its directory of /proc
+        self.cpu: dict[int, float] = {}  # pid: CPU seconds at the last look
         self.late: set[int] = set()
-        self.tasks = (0.0, 0)
+        self.owed = 0  # forks that the kernel refused, to be tried again
+        self.looked = time.monotonic()
+        self.status, self.children_status = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.status.setblocking(False)
 
     def serve(self) -> None:
         """Until the executor goes away, upon which all children end."""
@@ -131,11 +140,16 @@ class Server:
         while True:
             nearest = min(self.deadlines.values(), default=None)
             wait = None if nearest is None else max(nearest - time.monotonic(), 0)
-            ready = select.select([self.control, woken], [], [], wait)[0]
+            if self.owed or self.deadlines:
+                wait = LOOK if wait is None else min(wait, LOOK)
+            ready = select.select([self.control, woken, self.status], [], [], wait)[0]
             if woken in ready:
                 os.read(woken, 4096)
+            self._note_proc()
             self._reap()
             self._kill_late()
+            self._slow_down_hogs()
+            self._fork_owed()
             if self.control in ready and not self._obey_all():
                 break
 
@@ -149,54 +163,111 @@ class Server:
 
     def _obey(self, order: dict[str, Any]) -> None:
         if "fork" in order:
-            for _ in range(order["fork"]):
-                self._fork()
+            self.owed += order["fork"]
+            self._fork_owed()
         elif "kill" in order:
             self._end(order["kill"])
+        elif "interrupt" in order:
+            if order["interrupt"] in self.children:
+                with contextlib.suppress(OSError):
+                    os.kill(order["interrupt"], signal.SIGINT)
         elif order["start"] not in self.children:  # it ended before its time began, and its number may be another's now
             self._report(order["start"], -signal.SIGKILL)
         else:
             self.starts[order["start"]] = now = time.monotonic()
             self.deadlines[order["start"]] = now + order["timeout"]
+            self.limits[order["start"]] = order["timeout"]
 
     def _end(self, pid: int) -> None:
         if pid in self.children:
             _kill(pid)
 
+    def _fork_owed(self) -> None:
+        """Forks what was ordered; where the kernel has no room for a process, again a little later."""
+        with contextlib.suppress(BlockingIOError):
+            while self.owed:
+                self._fork()
+                self.owed -= 1
+
     def _fork(self) -> None:
         slot = next(slot for slot in range(len(self.children) + 1) if slot not in self.children.values())
-        threads = self._threads()
         here, there = socket.socketpair()
-        pid = linux.fork()
+        try:
+            pid = linux.fork()
+        except OSError as error:
+            here.close()
+            there.close()
+            raise BlockingIOError(error.errno, error.strerror) from error
         if pid == 0:
             signal.set_wakeup_fd(-1)
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # the public one's enumerations would be copied
             os.close(self.control.detach())
             os.close(here.detach())
-            child.main(self.world, slot, threads, there)
+            child.main(self.world, slot, there, os.dup(self.children_status.fileno()))
         there.close()
         self.children[pid] = slot
         socket.send_fds(self.control, [json.dumps({"ready": pid}).encode()], [here.fileno()])
         here.close()
 
-    def _threads(self) -> int:
-        """RLIMIT_NPROC of a child: its own where the user id or the user namespace is its own."""
-        plan = self.world.plan
-        if plan.private_id or plan.namespaces:
-            return isolation.THREADS
-        if plan.level == "C":
-            return 0
-        if time.monotonic() - self.tasks[0] > 1:  # a walk through /proc: not at every fork
-            self.tasks = (time.monotonic(), isolation.tasks(self.world))
-        return self.tasks[1] + isolation.THREADS
+    def _note_proc(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data, descriptors, _, _ = socket.recv_fds(self.status, child.PID.size, 1)
+                pid = child.PID.unpack(data)[0]
+                if pid in self.children:
+                    self.proc[pid] = descriptors[0]
+                else:
+                    os.close(descriptors[0])
+
+    def _waited(self, pid: int) -> float:
+        """Seconds for which the thread that waited longest was ready to run but had no CPU; 0 if unknown."""
+        if (directory := self.proc.get(pid)) is None:
+            return 0.0
+        longest = 0
+        with contextlib.suppress(OSError, ValueError):  # threads end; a kernel may lack the file
+            tasks = os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+            try:
+                for name in os.listdir(tasks)[: isolation.THREADS]:
+                    with open(os.open(f"{name}/schedstat", os.O_RDONLY, dir_fd=tasks)) as file:
+                        longest = max(longest, int(file.read().split()[1]))
+            finally:
+                os.close(tasks)
+        return longest / 1e9
 
     def _kill_late(self) -> None:
+        """Kills children at their time limit, which neighbours' load extends.
+
+        A program gets its limit in seconds of running or waiting for something else than a CPU, within STRETCH times
+        the limit in all. One that had less than STARVED of its limit of CPU time by then, and waited for a CPU most of
+        the time, was starved: not its own fault.
+        """
         now = time.monotonic()
         for pid in [pid for pid, deadline in self.deadlines.items() if deadline <= now]:
+            limit, start = self.limits[pid], self.starts[pid]
+            waited, cpu = (self._waited(pid), cpu_seconds(pid)) if limit > 0 else (0.0, 0.0)
+            fair = start + min(limit + waited, STRETCH * limit)
+            if cpu < limit and fair > now + 0.01:
+                self.deadlines[pid] = fair
+                continue
             del self.deadlines[pid]
             self.late.add(pid)
             _kill(pid)
-            self._report(pid, -signal.SIGKILL, late=True)  # before its memory is given back, which may take its time
+            starved = cpu < STARVED * limit and waited > (now - start) / 2
+            # reported before its memory is given back, which may take a while
+            self._report(pid, -signal.SIGKILL, late=True, starved=starved)
+
+    def _slow_down_hogs(self) -> None:
+        """Gives programs that use more than one CPU the lowest priority: other runs, and the trainer, go first."""
+        now = time.monotonic()
+        if (passed := now - self.looked) < LOOK:
+            return
+        self.looked = now
+        for pid in self.deadlines:
+            cpu = cpu_seconds(pid)
+            if cpu - self.cpu.get(pid, cpu) > 1.2 * passed:
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PGRP, pid, 19)  # all of its threads, and those that they start
+            self.cpu[pid] = cpu
 
     def _reap(self) -> None:
         while self.children:
@@ -212,19 +283,40 @@ class Server:
             if pid not in self.children:  # a process that a child without isolation left behind
                 continue
             del self.children[pid]
-            self.deadlines.pop(pid, None)
+            for kept in (self.deadlines, self.limits, self.cpu):
+                kept.pop(pid, None)
+            if (directory := self.proc.pop(pid, None)) is not None:
+                os.close(directory)
             if pid in self.late:
                 self.late.discard(pid)
             else:
                 cpu, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss
                 self._report(pid, os.waitstatus_to_exitcode(status), cpu=cpu, memory=memory)
 
-    def _report(self, pid: int, code: int, *, late: bool = False, cpu: float = 0.0, memory: int = 0) -> None:
-        """Tells the executor of an end: return code, seconds since the start, CPU seconds, largest KiB in memory."""
+    def _report(
+        self, pid: int, code: int, *, late: bool = False, starved: bool = False, cpu: float = 0.0, memory: int = 0
+    ) -> None:
+        """Reports an end to the executor: return code, seconds since the start, CPU seconds, peak memory in KiB."""
         now = time.monotonic()
         seconds = now - self.starts.pop(pid, now)
-        report = {"exit": pid, "code": code, "late": late, "seconds": seconds, "cpu": cpu, "memory": memory}
+        report = {
+            "exit": pid,
+            "code": code,
+            "late": late,
+            "starved": starved,
+            "seconds": seconds,
+            "cpu": cpu,
+            "memory": memory,
+        }
         self.control.send(json.dumps(report).encode())
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process so far, all threads included; 0 once it is gone."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0
 
 
 def _kill(pid: int) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import random
 import resource
+import struct
 import sys
 import tempfile
 
@@ -21,6 +23,21 @@ from . import linux, seccomp
 
 DISK_MB, INODES, THREADS, DESCRIPTORS = 64, 4096, 64, 128
 DEVICES = {"null": True, "zero": False, "full": False, "random": False, "urandom": False}  # name: may be written
+# User ids of programs, in ranges of one fork server each; all below 65,536, which containers map.
+FIRST_ID, RANGES, IDS = 20_000, 80, 512
+LOCK_FOLDERS = ("/run", "/var/run", "/var/lock", "/var/tmp", "/tmp")
+ROOTS = (
+    "/mnt",
+    "/media",
+    "/srv",
+    "/run",
+    "/opt",
+    "/home",
+    "/boot",
+    "/var/tmp",
+    "/tmp",
+)  # where a new root may be built
+KEPT_BELOW_TMP = "/.below-tmp"  # where the new root keeps a second mount of what lies below /tmp
 INSIDE_ID = 1000  # the user id that a program sees where a user namespace hides its own
 
 
@@ -32,6 +49,7 @@ class Plan:
     landlock: whether Landlock must be there (with namespaces it is taken where it is).
     private_id: programs run under a user id of their own, which only root can give.
     chroot: programs see an empty directory, and what they import is imported before.
+    newest_abi: the newest Landlock ABI to use; tests lower it to act as an older kernel.
     """
 
     name: str
@@ -41,6 +59,7 @@ class Plan:
     private_id: bool = False
     chroot: bool = False
     only_root: bool = False
+    newest_abi: int = 99
 
     @property
     def disk(self) -> bool:
@@ -74,6 +93,8 @@ class World:
     holes: list[int]
     limits: list[tuple[int, int]]  # (resource, value): those that are the same for every run
     cores: int
+    below_tmp: list[str]  # readable directories below /tmp, which a child's own /tmp would hide
+    ids_lock: int  # descriptor whose lock reserves the range of user ids; -1: none
     address_space: int = 0  # bytes that a child has before it does anything
 
     def in_proc(self, path: str, flags: int = os.O_RDONLY) -> int:
@@ -129,8 +150,10 @@ def leave(plan: Plan) -> None:
 def _new_root(read: list[str]) -> None:
     """Builds a read-only root of the readable directories and a few devices, and moves into it."""
     linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
-    places = ("/mnt", "/media", "/srv", "/run", "/var/tmp", "/tmp")
-    root = next(p for p in places if os.path.isdir(p) and not any(path.startswith(p + "/") for path in read))
+    free = [p for p in ROOTS if os.path.isdir(p) and not any(path.startswith(p + "/") for path in read)]
+    if not free:
+        raise OSError(f"no place for a new root: Python's directories lie in all of {', '.join(ROOTS)}")
+    root = free[0]
     quiet = linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("tmpfs", root, "tmpfs", quiet | linux.MS_NOEXEC, "size=256k,nr_inodes=1024,mode=755")
     for link in ("/lib", "/lib64", "/usr/lib64"):
@@ -140,6 +163,9 @@ def _new_root(read: list[str]) -> None:
     for path in read:
         os.makedirs(root + path, 0o755, exist_ok=True)
         linux.bind(path, root + path)
+    for number, path in enumerate(_below_tmp(read)):
+        os.makedirs(kept := f"{root}{KEPT_BELOW_TMP}/{number}", 0o755)
+        linux.bind(path, kept)
     os.makedirs(root + "/dev")
     for name, written in DEVICES.items():
         if os.path.exists(f"/dev/{name}"):
@@ -149,9 +175,39 @@ def _new_root(read: list[str]) -> None:
     if os.path.exists("/etc/ld.so.cache"):
         os.close(os.open(root + "/etc/ld.so.cache", os.O_CREAT | os.O_WRONLY, 0o644))
         linux.bind("/etc/ld.so.cache", root + "/etc/ld.so.cache")
-    os.makedirs(root + "/tmp", 0o755)
+    os.makedirs(root + "/tmp", 0o755, exist_ok=True)  # it exists where Python lies below /tmp
     linux.mount("none", root, flags=linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | quiet | linux.MS_NOEXEC)
     linux.pivot(root)
+
+
+def _below_tmp(read: list[str]) -> list[str]:
+    return [path for path in read if path.startswith("/tmp/")]
+
+
+def reserve_ids() -> tuple[int, int]:
+    """Reserves a range of user ids among all fork servers of this machine, so that no two share a thread limit.
+
+    Returns:
+        (first id, descriptor that holds the lock until the process ends).
+
+    Raises:
+        OSError: every range is taken, or no folder for the lock file can be written.
+    """
+    for folder in LOCK_FOLDERS:
+        with contextlib.suppress(OSError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(f"{folder}/open_agentrl_jax-sandbox-ids", flags, 0o600)
+            break
+    else:
+        raise OSError(f"no lock file for user ids can be made in any of {', '.join(LOCK_FOLDERS)}")
+    start = random.SystemRandom().randrange(RANGES)  # containers that share a kernel may not share the lock
+    for place in range(RANGES):
+        number = (start + place) % RANGES
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+            return FIRST_ID + IDS * number, file
+    os.close(file)
+    raise OSError(f"all {RANGES} ranges of user ids are taken by other sandboxes on this machine")
 
 
 def enter(plan: Plan, search: list[str]) -> World:
@@ -166,11 +222,12 @@ def enter(plan: Plan, search: list[str]) -> World:
     """
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     uid, gid = os.geteuid(), os.getegid()
-    abi = linux.landlock_abi()
+    abi = min(linux.landlock_abi(), plan.newest_abi)
     if plan.landlock and not abi:
         raise OSError("this kernel has no Landlock")
     if plan.only_root and uid != 0:
         raise OSError("this is not root")
+    first, lock_file = reserve_ids() if plan.private_id else (FIRST_ID, -1)
     read = readable(search)
     keeps = ()
     if plan.landlock and plan.private_id and not all(_others_may_read(path) for path in read):
@@ -189,10 +246,12 @@ def enter(plan: Plan, search: list[str]) -> World:
     if plan.chroot:
         empty = tempfile.mkdtemp(prefix="empty-root-")
         os.chmod(empty, 0o555)
-    program, holes = seccomp.assemble(disk=plan.disk)
-    first = 20_000 + 128 * random.SystemRandom().randrange(300)
+    program, holes = seccomp.assemble(disk=plan.disk, truncates=plan.disk or plan.chroot or abi >= 3)
     limits, cores = _fixed_limits(), os.cpu_count() or 1  # once: a child pays for each page that it touches
-    return World(plan, proc, rules, abi, first, (uid, gid), keeps, empty, program, holes, limits, cores)
+    below = _below_tmp(read) if plan.disk else []
+    return World(
+        plan, proc, rules, abi, first, (uid, gid), keeps, empty, program, holes, limits, cores, below, lock_file
+    )  # fmt: skip
 
 
 def _others_may_read(path: str) -> bool:
@@ -204,24 +263,31 @@ def _others_may_read(path: str) -> bool:
 
 
 def tasks(world: World) -> int:
-    """Threads that the user of this process has on this machine."""
+    """Counts the threads that the user of this process has on this machine."""
     count = 0
     for name in os.listdir(world.proc):
         if name.isdigit():
-            try:
-                if os.stat(name, dir_fd=world.proc).st_uid == world.ids[0]:
-                    count += len(os.listdir(descriptor := world.in_proc(f"{name}/task")))
-                    os.close(descriptor)
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):  # a process may end meanwhile
+                status = os.stat(f"{name}/task", dir_fd=world.proc)
+                count += status.st_nlink - 2 if status.st_uid == world.ids[0] else 0
     return count
+
+
+def _threads(world: World) -> int:
+    """RLIMIT_NPROC of a child: THREADS where its user id or user namespace is its own; 0: none."""
+    plan = world.plan
+    if plan.private_id or plan.namespaces:
+        return THREADS
+    return tasks(world) + THREADS if plan.level != "C" else 0  # the kernel counts by user, so count as late as possible
 
 
 def settle(world: World, slot: int) -> None:
     """Gives a fresh child its file system; it does not yet know its program."""
     plan = world.plan
-    with contextlib.suppress(OSError):  # short of memory, the kernel shall take the program, never the trainer
+    with contextlib.suppress(OSError):  # short of memory, the kernel kills the program, not the trainer
         _in_proc_self(world.proc, "oom_score_adj", "1000")
+    os.setsid()  # a process group of its own, and a fair share of CPU where the kernel groups sessions (autogroup)
+    slot %= IDS
     owner = ""
     if plan.namespaces == "root":
         linux.unshare("mount")
@@ -232,24 +298,26 @@ def settle(world: World, slot: int) -> None:
     if plan.namespaces:
         flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
         linux.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={DISK_MB}m,nr_inodes={INODES},mode=700{owner}")
+        for number, path in enumerate(world.below_tmp):
+            os.makedirs(path, 0o755)
+            linux.mount(f"{KEPT_BELOW_TMP}/{number}", path, flags=linux.MS_BIND | linux.MS_REC)
 
 
-def lock(world: World, slot: int, *, memory_mb: int, timeout: float, threads: int) -> None:
+def lock(world: World, slot: int, *, memory_mb: int, timeout: float) -> None:
     """Shuts the child in, for good; of its descriptors only 0 to 3 stay open.
 
     Args:
         world: what the fork server prepared.
         slot: the child's number among those alive.
         memory_mb: MiB of address space beyond what a child starts with.
-        timeout: seconds; the fork server kills at that time, and the limit of CPU time stands behind it.
-        threads: RLIMIT_NPROC; 0: none.
+        timeout: seconds; the fork server kills at that time, and a limit of CPU time stands behind it.
     """
     plan = world.plan
-    _limit(world, world.address_space + memory_mb * 2**20, timeout, threads)
+    _limit(world, world.address_space + memory_mb * 2**20, timeout, _threads(world))
     if plan.chroot:
         os.chroot(world.empty)
     if plan.private_id:
-        own = world.first_id + slot
+        own = world.first_id + slot % IDS
         linux.prctl(linux.PR_SET_KEEPCAPS, int(bool(world.keeps)))
         os.setgroups([])
         os.setresgid(own, own, own)

@@ -23,6 +23,7 @@ from open_agentrl_jax.sandbox import isolation, probes
 from open_agentrl_jax.sandbox.executor import Embedded
 from open_agentrl_jax.sandbox.result import Result
 from tests.sandbox.cunning import CUNNING
+from tests.sandbox.edges import EDGES
 from tests.sandbox.hostile import ATTACKS, Attack
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,7 +95,7 @@ async def assault(plan: isolation.Plan) -> list[str]:
 
             other = "import time; secret = 'squeamish-ossifrage'; time.sleep(0.2)"
             await asyncio.gather(
-                *(one(attack) for attack in [*ATTACKS, *CUNNING]), *(sandbox.run(other) for _ in range(3))
+                *(one(attack) for attack in [*ATTACKS, *CUNNING, *EDGES]), *(sandbox.run(other) for _ in range(3))
             )
             after = await sandbox.run(
                 "import json, numpy; print(json.dumps({'still': 'serving'}), int(numpy.ones(3).sum()))"

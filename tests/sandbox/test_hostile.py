@@ -11,6 +11,7 @@ from open_agentrl_jax.sandbox import probes
 from open_agentrl_jax.sandbox.executor import Embedded
 from tests.sandbox import hosts
 from tests.sandbox.cunning import CUNNING
+from tests.sandbox.edges import EDGES
 from tests.sandbox.hostile import ATTACKS
 
 
@@ -21,7 +22,7 @@ async def offered(plan) -> bool:
 
 
 def test_there_are_a_hundred_and_none_twice():
-    attacks = [*ATTACKS, *CUNNING]
+    attacks = [*ATTACKS, *CUNNING, *EDGES]
     assert len({attack.name for attack in attacks}) == len(attacks) >= 140
 
 
