@@ -164,6 +164,15 @@ class Packing:
 
 
 @dataclasses.dataclass
+class Python:
+    """The Python tool."""
+
+    persistent: bool = setting(
+        False, "keep variables across the calls of an episode, in one process; needs the embedded sandbox"
+    )
+
+
+@dataclasses.dataclass
 class Agent:
     """Tools and episode budgets."""
 
@@ -179,6 +188,7 @@ class Agent:
     max_response: int = setting(20480, "everything after the prompt, tool tokens included", at_least=1)
     max_tool_tokens: int = setting(2048, "per tool output; longer ones lose their middle, with a mark", at_least=1)
     seconds: float = setting(1800.0, "per episode", above=0)
+    python: Python = dataclasses.field(default_factory=Python)
 
 
 @dataclasses.dataclass
@@ -339,6 +349,10 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield (
         not all(TOOL.fullmatch(str(tool)) for tool in agent.tools),
         f"agent.tools is {agent.tools!r}; give a tuple of 'python', 'mcp:COMMAND' and 'module:factory'",
+    )
+    yield (
+        agent.python.persistent and config.sandbox.urls,
+        "agent.python.persistent needs the embedded sandbox; leave sandbox.urls empty, or set it to False",
     )
     for field in ("agent.environment", "reward.grader"):
         name = lookup(config, field)

@@ -117,7 +117,7 @@ def fingerprint(config: Any) -> str:
     """A canonical text of all fields that a continued run must share with the run it continues."""
 
     def shared(part: Any, tree: dict[str, Any]) -> dict[str, Any]:
-        kept = [field.name for field in dataclasses.fields(part) if not field.metadata["resumable"]]
+        kept = [field.name for field in dataclasses.fields(part) if not field.metadata.get("resumable")]
         return {n: shared(getattr(part, n), tree[n]) if isinstance(tree[n], dict) else tree[n] for n in kept}
 
     return json.dumps(shared(config, to_dict(config)), sort_keys=True)

@@ -113,7 +113,10 @@ class ToolEnvironment:
         return Step(messages, results=results, failed=any(result.status == "infrastructure" for result in results))
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Ends what the tools keep for this episode (`release(session)`, where a tool has it)."""
+        for tool in self._tools.values():
+            if (release := getattr(tool, "release", None)) is not None:
+                await release(self._session)
 
     async def _run(self, call: ToolCall) -> ToolResult:
         if call.error:

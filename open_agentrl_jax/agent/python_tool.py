@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import ast
-import collections
-import dataclasses
 import re
-import secrets
 import signal
 from typing import Any
 
 from open_agentrl_jax.agent.environment import ToolResult
-from open_agentrl_jax.sandbox.client import Result, Sandbox
-from open_agentrl_jax.sandbox.result import out_of_memory
+from open_agentrl_jax.sandbox.client import Result, Sandbox, Session
 from open_agentrl_jax.types import ToolCall
 
 FENCE = re.compile(
@@ -25,7 +21,6 @@ LIMIT = 262_144  # characters of code that are still parsed here; what is longer
 HEADER = "Traceback (most recent call last):\n"
 FRAME = re.compile(r'  File "([^"\n]*)", line \d+.*\n(?:    .*\n?)*')
 CELL = re.compile(r"<cell \d+>")
-SESSIONS = 4096  # persistent sessions kept; the one longest unused is forgotten first
 
 NAME = "code_interpreter"
 DESCRIPTION = (
@@ -34,32 +29,7 @@ DESCRIPTION = (
 )
 FRESH = "Every call starts afresh: nothing is left of earlier ones."
 KEPT = "Variables of earlier calls are still there."
-REPLAY = """
-def __replay__(cells, seed, mark):
-    import contextlib, io, linecache, random, sys, traceback
-    names = globals()
-    del names["__replay__"]
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(random.getrandbits(32))
-        random.seed(seed)
-    for number, cell in enumerate(cells, 1):
-        file = f"<cell {number}>"
-        linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
-        if number == len(cells):
-            try:
-                exec(compile(cell, file, "exec"), names)
-            finally:
-                if isinstance(sys.exc_info()[1], Exception):
-                    traceback.print_exc()
-                print("\\n" + mark, file=sys.__stderr__, flush=True)
-                if isinstance(sys.exc_info()[1], Exception):
-                    sys.exit(1)
-        else:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                with contextlib.suppress(BaseException):
-                    exec(compile(cell, file, "exec"), names)
-"""
+LOST = "The session ended with this call: its variables are gone, and the next call starts afresh."
 
 
 def prepare_code(code: str, *, mode: str = "robust") -> str:
@@ -148,21 +118,6 @@ def _unwrapped(frame: str) -> str:
     return "\n".join(lines)
 
 
-def session_program(cells: list[str], *, seed: str, mark: str) -> str:
-    """A program that runs earlier cells in silence and the last one aloud, in one namespace.
-
-    Args:
-        cells: the session's cells, each prepared.
-        seed: of `random` and numpy, the same in every replay, so that what was drawn is drawn again.
-        mark: written to stderr as the last line where the last cell came to its end, be it by an exception.
-    """
-    modules = sorted({name for cell in cells for name in re.findall(r"\b(numpy|sympy|scipy)\b", cell)})
-    imports = "".join(
-        f"if False: import {name}\n" for name in modules
-    )  # so that the sandbox takes a process that has them
-    return f"{imports}{REPLAY}\n__replay__({cells!r}, {seed!r}, {mark!r})\n"
-
-
 def _schema(state: str) -> dict[str, Any]:
     code = {"type": "string", "description": "The Python program."}
     parameters = {"type": "object", "properties": {"code": code}, "required": ["code"]}
@@ -180,8 +135,8 @@ class PythonTool:
         timeout: seconds a call.
         memory_mb: MiB a call.
         mode: of `prepare_code`; with "reference", tracebacks stay long too.
-        persistent: whether the calls of a session see one another's variables. Each call then runs all before it again,
-            in one fresh process and within the one time limit; a call that was stopped is forgotten.
+        persistent: keep variables across the calls of an episode, in one process that `release` ends. A call that runs
+            over its time limit is interrupted and keeps them; one that does not end then loses them.
     """
 
     name: str = NAME
@@ -205,7 +160,7 @@ class PythonTool:
         )
         if persistent:
             self.schema = _schema(KEPT)
-        self._sessions: collections.OrderedDict[str, list[str]] = collections.OrderedDict()
+        self._sessions: dict[str, Session] = {}
 
     async def __call__(self, call: ToolCall, *, session: str = "") -> ToolResult:
         """Runs one call."""
@@ -214,26 +169,26 @@ class PythonTool:
             return ToolResult(call.error or 'The call needs the argument "code", a string of Python.', "error")
         prepared = prepare_code(code, mode=self.mode)
         if self.persistent and session:
-            result = await self._in_session(prepared, session)
+            result, lost = await self._in_session(prepared, session)
         else:
-            result = await self.sandbox.run(prepared, timeout=self.timeout, memory_mb=self.memory_mb)
-        return self._told(result)
+            result, lost = await self.sandbox.run(prepared, timeout=self.timeout, memory_mb=self.memory_mb), False
+        answer = self._told(result)
+        if lost and answer.status != "infrastructure":
+            answer.text += f"\n{LOST}"
+        return answer
 
-    async def _in_session(self, code: str, session: str) -> Result:
-        cells = [*self._sessions.get(session, ()), code]
-        mark = f"end of cell {secrets.token_hex(8)}"
-        program = session_program(cells, seed=session, mark=mark)
-        result = await self.sandbox.run(program, timeout=self.timeout, memory_mb=self.memory_mb)
-        text, marked, _ = result.stderr.rpartition(mark)
-        if not marked:
-            return result
-        self._sessions[session] = cells
-        self._sessions.move_to_end(session)
-        while len(self._sessions) > SESSIONS:
-            self._sessions.popitem(last=False)
-        full = result.return_code != 0 and out_of_memory(text)
-        status = "memory" if full and result.status == "finished" else result.status
-        return dataclasses.replace(result, status=status, stderr=text.rstrip("\n"))
+    async def _in_session(self, code: str, name: str) -> tuple[Result, bool]:
+        """The result of one cell, and whether the variables are lost."""
+        session = self._sessions.get(name)
+        if session is None:
+            session = self._sessions[name] = self.sandbox.session(memory_mb=self.memory_mb)
+        result = await session.run(code, timeout=self.timeout)
+        return result, not session.alive
+
+    async def release(self, session: str) -> None:
+        """Ends an episode's session."""
+        if (ended := self._sessions.pop(session, None)) is not None:
+            await ended.close()
 
     def _told(self, result: Result) -> ToolResult:
         if result.status == "infrastructure":

@@ -78,7 +78,8 @@ def open_tools(config: Config, name: str, sandbox: Sandbox) -> list[Tool]:
     """The tools behind one entry of `agent.tools`."""
     if name == "python":
         limits = {"timeout": config.sandbox.timeout, "memory_mb": config.sandbox.memory_mb}
-        return [PythonTool(sandbox, mode=BEHAVIOURS[config.behaviour].mode, **limits)]
+        mode, persistent = BEHAVIOURS[config.behaviour].mode, config.agent.python.persistent
+        return [PythonTool(sandbox, mode=mode, persistent=persistent, **limits)]
     if name.startswith("mcp:"):
         from open_agentrl_jax.agent.mcp_tool import open_server
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from open_agentrl_jax.sandbox.result import Result, Sandbox
+from open_agentrl_jax.sandbox.result import Result, Sandbox, Session
 
-__all__ = ["Result", "Sandbox", "SandboxSpec", "open_sandbox"]
+__all__ = ["Result", "Sandbox", "SandboxSpec", "Session", "open_sandbox"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from open_agentrl_jax.sandbox.background import Background
-from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail, out_of_memory
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, Session, head_and_tail, out_of_memory
 from open_agentrl_jax.types import UserError
 
 IN_FLIGHT = 128
@@ -118,6 +118,13 @@ class Remote(Background):
         except ValueError:
             return Result("refused", None, "", f"timeout and memory_mb must be finite: {timeout}, {memory_mb}", 0.0)
         return _cut(await self.here(self._run(packed, timeout)), max_output)
+
+    def session(self, *, memory_mb: int = 2048) -> Session:
+        """Raises UserError: SandboxFusion's API keeps no state between runs."""
+        raise UserError(
+            "sandbox.urls: these servers keep no state between calls, which agent.python.persistent needs; leave "
+            "sandbox.urls empty, or set agent.python.persistent=false"
+        )
 
     async def ping(self) -> list[bool]:
         """Which servers answer."""

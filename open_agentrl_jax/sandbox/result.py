@@ -52,6 +52,27 @@ def out_of_memory(stderr: str) -> bool:
     return bool(re.match(r"([\w.]+\.)?_?(Array)?MemoryError\b", stderr.rstrip().rpartition("\n")[2]))
 
 
+class Session(Protocol):
+    """Runs cells in one process that keeps its variables: `async with sandbox.session() as session`."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process holds the variables of the last cell."""
+        ...
+
+    async def run(self, code: str, *, timeout: float = 30.0, max_output: int = KEPT) -> Result:
+        """Runs one cell; variables of earlier cells are there."""
+        ...
+
+    async def close(self) -> None:
+        """Kills the process."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
 class Sandbox(Protocol):
     """Runs programs; usable from any event loop, and from several at once."""
 
@@ -85,8 +106,16 @@ class Sandbox(Protocol):
         """
         ...
 
+    def session(self, *, memory_mb: int = 2048) -> Session:
+        """Returns a persistent Python session.
+
+        Raises:
+            UserError: this sandbox keeps no state between runs.
+        """
+        ...
+
     async def close(self) -> None:
-        """Ends what is running and gives everything back."""
+        """Ends what is running and frees all resources."""
         ...
 
     async def __aenter__(self) -> Self: ...

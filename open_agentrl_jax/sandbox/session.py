@@ -39,6 +39,11 @@ class Session:
         self._order = asyncio.Lock()
         self._process: _Process | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether a process holds the variables of the last cell."""
+        return self._process is not None
+
     async def run(self, code: str, *, timeout: float = 30.0, max_output: int = KEPT) -> Result:
         """Runs one cell; see `Sandbox.run`.
 

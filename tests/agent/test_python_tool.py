@@ -5,10 +5,11 @@ import time
 
 import pytest
 
+from open_agentrl_jax.agent.environment import ToolEnvironment, ungraded
 from open_agentrl_jax.agent.python_tool import SHOW, PythonTool, prepare_code, shorten_tracebacks
 from open_agentrl_jax.sandbox import probes
 from open_agentrl_jax.sandbox.client import Result
-from open_agentrl_jax.types import ToolCall, UserError
+from open_agentrl_jax.types import Message, ToolCall, UserError
 
 
 @pytest.fixture(scope="module")
@@ -187,38 +188,45 @@ async def test_infrastructure_is_never_the_models_error():
 
 async def test_a_persistent_session_keeps_its_variables(sandbox):
     tool = PythonTool(sandbox, timeout=10, persistent=True)
-    said = [
+    texts = [
         (await call(tool, code, "a")).text
-        for code in (
-            "import random\nx = 3\nprint('loud')\ny = random.random()\ny",
-            "x += 1\nx",
-            "y",
-            "1 / 0",
-            "def f(): return x / 0\nf()",
-            "x",
-            "import os\nos._exit(0)",
-            "x",
-        )
+        for code in ("x = 3\nprint('loud')\nx", "x += 1\nx", "1 / 0", "def f(): return x / 0\nf()", "x")
     ]
-    assert said[0].startswith("loud\n0.") and said[1] == "4" and said[2] == said[0].removeprefix("loud\n")
-    assert said[3].splitlines()[1:2] == ['  File "<cell 4>", line 1, in <module>'] and "__replay__" not in said[3]
-    assert said[4].count("<cell 5>") == 2 and said[5] == said[7] == "4"
+    assert texts[0] == "loud\n3" and texts[1] == texts[4] == "4"
+    assert texts[2].splitlines()[1:2] == ['  File "<cell 3>", line 1, in <module>'] and "child.py" not in texts[2]
+    assert texts[3].count("<cell 4>") == 2
+    ended = (await call(tool, "import os\nos._exit(0)", "a")).text
+    assert "its variables are gone" in ended and "NameError" in (await call(tool, "x", "a")).text
     assert "NameError" in (await call(tool, "x", "b")).text
     assert "NameError" in (await call(PythonTool(sandbox), "x", "a")).text
+    for name in ("a", "b", "never opened"):
+        await tool.release(name)
+    assert not sandbox.sessions
 
 
-async def test_a_stopped_call_is_forgotten_by_its_session(sandbox):
-    tool = PythonTool(sandbox, timeout=1.5, memory_mb=200, persistent=True)
+async def test_a_stopped_call_keeps_the_variables(sandbox):
+    tool = PythonTool(sandbox, timeout=0.7, memory_mb=200, persistent=True)
     await call(tool, "x = 1", "a")
     assert "longer than" in (await call(tool, "x = 2\nwhile True: pass", "a")).text
-    assert (await call(tool, "x", "a")).text == "1"
     assert "more than 200 MiB" in (await call(tool, "bytearray(1 << 30)", "a")).text
+    assert (await call(tool, "x", "a")).text == "2"
+    await tool.release("a")
+
+
+async def test_an_environment_ends_the_sessions_of_its_episode(sandbox):
+    tool = PythonTool(sandbox, persistent=True)
+    environment = ToolEnvironment([tool], ungraded, session="a")
+    await environment.step(Message("assistant", "", [ToolCall("code_interpreter", {"code": "x = 1"})]))
+    assert len(sandbox.sessions) == 1
+    await environment.close()
+    assert not sandbox.sessions
 
 
 async def test_sessions_at_once(sandbox):
     tool = PythonTool(sandbox, persistent=True)
     await asyncio.gather(*(call(tool, f"x = {i}", f"s{i}") for i in range(8)))
     assert [(await call(tool, "x", f"s{i}")).text for i in range(8)] == [str(i) for i in range(8)]
+    await asyncio.gather(*(tool.release(f"s{i}") for i in range(8)))
 
 
 def test_the_schema_says_whether_state_is_kept(sandbox):

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from tests.sandbox.hostile import ENDLESS, Attack, _each
 
+SHARED = (
+    "try: file = os.open(json.__file__, os.O_RDONLY)\nexcept OSError: file = 0  # an empty root has no shared file\n"
+)
+
 EDGES = [
     _each(
         "empties a library file that it may only read",
@@ -28,19 +32,19 @@ EDGES = [
     _each("reads how many processes the host has", "call(99, 179, ctypes.create_string_buffer(256))", "os.getloadavg()"),
     Attack(
         "leaves a record lock on a shared file",
-        "import struct\nfile = os.open(json.__file__, os.O_RDONLY)\ntry: fcntl.lockf(file, fcntl.LOCK_SH, 1, 77)\nexcept OSError: pass\n"
+        SHARED + "import struct\ntry: fcntl.lockf(file, fcntl.LOCK_SH, 1, 77)\nexcept OSError: pass\n"
         "attempt(lambda: fcntl.fcntl(file, fcntl.F_GETLK, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 77, 1, 0)))\n"
         "attempt(lambda: fcntl.fcntl(file, 37, struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 77, 1, 0)))\nattempt(lambda: fcntl.flock(file, fcntl.LOCK_SH))",
     ),
     Attack(
         "wakes waiters through a page of a shared file",
-        "page = libc.mmap\npage.restype = ctypes.c_void_p\naddress = page(None, ctypes.c_size_t(4096), 1, 1, os.open(json.__file__, os.O_RDONLY), ctypes.c_long(0))\n"
+        SHARED + "page = libc.mmap\npage.restype = ctypes.c_void_p\naddress = page(None, ctypes.c_size_t(4096), 1, 1, file, ctypes.c_long(0))\n"
         "for op in (1, 3, 4, 5, 10): attempt(lambda: call(202, 98, ctypes.c_void_p(address), op, 1, 1, ctypes.c_void_p(address), 0xffffffff))\n"
         "attempt(lambda: call(218, 96, ctypes.c_void_p(address)))",
     ),
     Attack(
         "has the host flush its disk",
-        "file = os.open(json.__file__, os.O_RDONLY)\nbegan = time.monotonic()\nfor _ in range(3000): os.fsync(file); os.fdatasync(file)\n"
+        SHARED + "began = time.monotonic()\nfor _ in range(3000): os.fsync(file); os.fdatasync(file)\n"
         "print('contained' if time.monotonic() - began < 2 else 'ESCAPED')\nattempt(lambda: call(162, 81) and 1 // 0 or 1 // 0)\nattempt(lambda: call(306, 267, file))",
     ),
     Attack("claims to be out of memory on stderr", "print('contained'); sys.stderr.write('MemoryError\\n'); sys.stderr.flush(); os._exit(1)", return_code=1),

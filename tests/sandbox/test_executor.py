@@ -9,6 +9,7 @@ import pathlib
 import signal
 import socket
 import sys
+import tempfile
 import time
 
 import pytest
@@ -132,6 +133,69 @@ async def test_random_numbers_differ_between_runs(sandbox):
     code = "import random, numpy\nprint(random.random(), numpy.random.rand())"
     seen = [(await sandbox.run(code)).stdout.split() for _ in range(3)]
     assert len({a for a, _ in seen}) == len({b for _, b in seen}) == 3
+
+
+async def test_sympy_draws_differ_between_runs(sandbox):
+    pytest.importorskip("sympy")
+    code = "import sympy\nfrom sympy.core.random import random\nprint(sympy.randprime(10**6, 10**9), random())"
+    seen = {(await sandbox.run(code)).stdout for _ in range(3)}
+    assert len(seen) == 3 and all(text[0].isdigit() for text in seen), seen
+
+
+def test_no_two_fork_servers_share_user_ids(monkeypatch, tmp_path):
+    monkeypatch.setattr(isolation, "LOCK_FOLDERS", ("/nowhere", str(tmp_path)))
+    monkeypatch.setattr(isolation, "RANGES", 3)
+    taken = [isolation.reserve_ids() for _ in range(3)]
+    assert len({first for first, _ in taken}) == 3
+    with pytest.raises(OSError, match="ranges of user ids are taken"):
+        isolation.reserve_ids()
+    os.close(taken[1][1])
+    again = isolation.reserve_ids()
+    assert again[0] == taken[1][0]
+    for _, descriptor in (taken[0], taken[2], again):
+        os.close(descriptor)
+
+
+async def test_a_refused_fork_is_tried_again(sandbox):
+    """The kernel refuses the first forks with EAGAIN; the runs wait and come to a right end."""
+    code = (
+        "import _sandbox.linux as linux\nreal, left = linux.fork, [5]\n"
+        "def fork():\n    left[0] -= 1\n    if left[0] >= 0: raise BlockingIOError(11, 'no room')\n    return real()\n"
+        "linux.fork = fork\n"
+    )
+    boot = executor.forkserver.BOOT.replace("forkserver.main(", code + "forkserver.main(")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor.forkserver, "BOOT", boot)
+        patch.setattr(executor, "PATIENCE", 30.0)
+        async with executor.Embedded(sandbox.plan) as own:
+            results = await asyncio.gather(*(own.run(f"print({i})") for i in range(6)))
+    assert [result.stdout for result in results] == [f"{i}\n" for i in range(6)]
+    assert own.counts["retries"] == 0
+
+
+async def test_python_below_tmp(sandbox, monkeypatch):
+    """A checkout or environment in /tmp is an ordinary place, at every level."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="checkout-") as folder:
+        site = pathlib.Path(folder, "site-packages")
+        site.mkdir()
+        os.chmod(folder, 0o755)
+        (site / "lying_in_tmp.py").write_text("word = 'found'\n")
+        monkeypatch.setattr(executor, "search_path", lambda: [*sys.path[-1:], str(site)])
+        async with executor.Embedded(sandbox.plan) as own:
+            result = await own.run("import lying_in_tmp as m\nprint(m.word)\nopen(m.__file__, 'a')")
+            if own.plan.disk:
+                written = await own.run("open('/tmp/x', 'w').write('mine'); print(open('x').read())")
+                assert written.stdout == "mine\n"
+    assert result.stdout == "found\n" and result.return_code == 1, result
+
+
+async def test_a_program_that_waits_is_timed_out_and_one_that_was_starved_is_not_blamed(sandbox):
+    request = executor.Request("", "", 1.0, 64, 65_536, {}, ())
+    report = {"code": -9, "late": True, "starved": True, "seconds": 2.0, "cpu": 0.0, "memory": 0}
+    stream = executor.Stream(0, lambda: None)
+    with pytest.raises(OSError, match="starved"):
+        sandbox._result(request, report, b"k", [stream, stream], False, {})
+    assert (await sandbox.run("import time; time.sleep(60)", timeout=0.3)).status == "timeout"
 
 
 async def test_files_in_and_out(sandbox):
