@@ -23,10 +23,11 @@ CORE = [
     "etils[epath]>=1.10,<2",  # paths of buckets, for checkpoint.copy_to
     "fsspec>=2024.6,<2028",
     "rich>=13,<16",
+    "tenacity>=9,<10",
     "math-verify>=0.8,<0.10",
 ]
 
-SERVERS = ["aiohttp>=3.10,<4", "tenacity>=9,<10"]  # rollouts from SGLang servers, and the sandbox as a server
+SERVERS = ["aiohttp>=3.10,<4"]  # rollouts from SGLang servers, and the sandbox as a server
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],

@@ -110,7 +110,7 @@ def experiment(config: Config, profile: bool) -> int:
                 if progress.phase == "sft":
                     state = run_sft(parts, conversations, sft_steps, state, progress)
                     policy.params = state.params
-                params = run_rl(parts, tasks, held_out, rl_steps, sft_steps, state, progress)
+                params = run_rl(parts, tasks, held_out, rl_steps, state, progress)
             except Interrupted:
                 checkpoints.close()
                 screen.say("SIGTERM: saved; the same command goes on from here")

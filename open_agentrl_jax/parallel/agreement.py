@@ -1,8 +1,7 @@
-"""Several processes, one run: all there, all of one config and one code, and who keeps the others waiting is named.
+"""Checks that all processes of a run are present and have the same config and code; errors name the process at fault.
 
-A collective operation hangs where one process is missing, and computes nonsense where one runs another program. So
-before the first one, and wherever they should meet, processes leave notes with JAX's coordinator, which can be read
-with a time limit.
+A collective operation hangs if a process is missing, and computes nonsense if one runs another program. Processes
+therefore exchange values through the key-value store of JAX's coordinator, whose reads have a time limit.
 """
 
 from __future__ import annotations
@@ -15,55 +14,54 @@ import pathlib
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 
-from open_agentrl_jax.settings import differences
 from open_agentrl_jax.types import UserError
 
-_calls: collections.Counter[str] = collections.Counter()  # so that a place met twice has notes of its own
-_left: list[str] = []  # this process's notes that others may still want to read
+T = TypeVar("T")
+_calls: collections.Counter[str] = collections.Counter()  # calls per place: each call has keys of its own
+_written: list[str] = []  # this process's keys that others may still have to read
 
 
 def agree(facts: Mapping[str, Any], *, seconds: float = 120.0) -> None:
-    """Returns where every process calls this with equal facts; a single process always does.
+    """Returns if every process calls this with equal facts; with one process it always does.
 
     Args:
-        facts: what must be equal, by name; JSON, nested as deep as you like.
-        seconds: to wait for the slowest process.
+        facts: values that must be equal, by name; JSON, nested to any depth.
+        seconds: time limit for the slowest process.
 
     Raises:
-        UserError: a process did not come, or its facts differ; all processes that came say the same.
+        UserError: a process is missing or its facts differ. Every process raises the same error.
     """
-    theirs = _exchange("agree", dict(facts), seconds)
-    first, *others = theirs
-    for number, note in enumerate(others, start=1):
-        differing = [f"{name} is {b!r}, not {a!r}" for name, a, b in differences(first["facts"], note["facts"])]
-        if differing:
+    first, *others = exchange("agree", {"host": socket.gethostname(), "facts": dict(facts)}, seconds=seconds)
+    for number, other in enumerate(others, start=1):
+        changed = [f"{name} is {b!r}, not {a!r}" for name, a, b in differences(first["facts"], other["facts"])]
+        if changed:
             raise UserError(
-                f"distributed: process {number} on {note['host']} differs from process 0 on {first['host']}: "
-                f"{'; '.join(differing[:3])}; start all processes with the same config and the same code"
+                f"distributed: process {number} on {other['host']} differs from process 0 on {first['host']}: "
+                f"{'; '.join(changed[:3])}; start all processes with the same config and the same code"
             )
 
 
 def meet(place: str, *, seconds: float = 600.0) -> None:
-    """A barrier that names who is late.
+    """A barrier whose error names the missing processes.
 
     Args:
-        place: where in the program, e.g. "checkpoint"; all processes pass the same places in the same order.
-        seconds: to wait.
+        place: name of the barrier, e.g. "checkpoint"; all processes pass the same barriers in the same order.
+        seconds: time limit.
 
     Raises:
-        UserError: one or more processes did not come.
+        UserError: one or more processes did not arrive in time.
     """
-    _exchange(place, {}, seconds)
+    exchange(place, None, seconds=seconds)
 
 
 @functools.cache
 def code_version() -> str:
-    """The commit, where there is one, and a hash of the package's own source files."""
+    """The git commit, if there is one, and a hash of the package's source files."""
     package = pathlib.Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
@@ -77,26 +75,26 @@ def code_version() -> str:
     return f"{commit or 'no commit'}, source {digest.hexdigest()[:12]}"
 
 
-def _exchange(place: str, facts: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """Leaves this process's note and returns everyone's, in the order of the processes."""
-    note = {"host": socket.gethostname(), "facts": json.loads(json.dumps(facts))}
+def exchange(place: str, value: T, *, seconds: float) -> list[T]:
+    """Every process's `value` (JSON), in the order of the processes; see `meet`."""
+    value = json.loads(json.dumps(value))
     count, me = jax.process_count(), jax.process_index()
     if count == 1:
-        return [note]
-    from jax._src import distributed  # the coordinator's notes have no public door; orbax takes this one, too
+        return [value]
+    from jax._src import distributed  # the coordinator's store has no public name; orbax imports this one, too
 
     client: Any = distributed.global_state.client
     _calls[place] += 1
     name = f"open_agentrl_jax/{place}/{_calls[place]}"
-    client.key_value_set(f"{name}/{me}", json.dumps(note))
-    _left.append(f"{name}/{me}")
+    client.key_value_set(f"{name}/{me}", json.dumps(value))
+    _written.append(f"{name}/{me}")
     deadline = time.monotonic() + seconds
-    notes: list[dict[str, Any]] = []
+    values: list[T] = []
     missing = []
     for process in range(count):
         left = max(100, int(1000 * (deadline - time.monotonic())))
         try:
-            notes.append(json.loads(client.blocking_key_value_get(f"{name}/{process}", left)))
+            values.append(json.loads(client.blocking_key_value_get(f"{name}/{process}", left)))
         except jax.errors.JaxRuntimeError:
             missing.append(process)
     if missing:
@@ -105,6 +103,15 @@ def _exchange(place: str, facts: dict[str, Any], seconds: float) -> list[dict[st
             f"distributed: {who} of {count} did not come to {place!r} within {seconds:g} s; look at the log there, "
             "and start all of them again with the same command"
         )
-    while len(_left) > 1:  # who is here has read all that was left before
-        client.key_value_delete(_left.pop(0))
-    return notes
+    while len(_written) > 1:  # every process that is here has read all earlier keys
+        client.key_value_delete(_written.pop(0))
+    return values
+
+
+def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves of two nested dictionaries that differ, as (dotted name, value in a, value in b)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
+    elif a != b:
+        yield name, a, b

@@ -1,7 +1,6 @@
-"""Several processes that train as one: what the first decides, all do. With one process everything here is free.
+"""Collectives between the processes of a run; with a single process they cost nothing.
 
-The first process plays the episodes and writes the run's files. All processes call these functions in the same order,
-from one thread, as they are collectives.
+All processes call these functions in the same order and from one thread.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from open_agentrl_jax.parallel import agreement
 from open_agentrl_jax.types import UserError
 
 T = TypeVar("T")
-_LEAST = 1 << 12  # bytes of a message, then powers of two: few shapes to compile
-_PATIENCE = 24 * 3600  # seconds that a process may be ahead of another; one that dies ends them all much sooner
+_LEAST = 1 << 12  # bytes; message sizes are powers of two from here on: few shapes to compile
+_PATIENCE = 24 * 3600  # seconds to wait for the slowest process; JAX ends all of them soon after one dies
 
 
 def first() -> bool:
-    """Whether this is the process that plays episodes and writes files."""
+    """Whether this is process 0, which plays the episodes and writes the run's files."""
     return jax.process_index() == 0
 
 
 def share(value: T) -> T:
-    """The first process's value (anything that can be pickled), in all of them."""
+    """Process 0's value, in all processes; anything that can be pickled."""
     if jax.process_count() == 1:
         return value
     _meet("share")
@@ -40,19 +39,21 @@ def share(value: T) -> T:
     return pickle.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
 
 
+def all_values(value: T) -> list[T]:
+    """Every process's value (JSON), in the order of the processes."""
+    return agreement.exchange("values", value, seconds=_PATIENCE)
+
+
 def any_of(condition: bool) -> bool:
-    """Whether it holds in any process."""
-    if jax.process_count() == 1:
-        return condition
-    _meet("any")
-    return bool(np.any(multihost_utils.process_allgather(np.array([condition]))))
+    """Whether the condition holds in any process."""
+    return any(all_values(condition))
 
 
 def first_then_all(function: Callable[[], T]) -> T:
-    """Calls `function` in the first process, then in the others, which find on the shared disk what it made.
+    """Calls `function` in process 0, then in the others, which find its files on the shared disk.
 
     Raises:
-        UserError: that of the first process, in all of them.
+        UserError: the error of process 0, in all processes.
     """
     failure, result = "", None
     if first():
@@ -66,7 +67,7 @@ def first_then_all(function: Callable[[], T]) -> T:
 
 
 def whole(tree: Any) -> Any:
-    """Arrays that no process holds whole, gathered into the memory of each."""
+    """Sharded arrays, gathered into the memory of every process."""
     if jax.process_count() == 1:
         return tree
     _meet("gather")
@@ -74,5 +75,5 @@ def whole(tree: Any) -> Any:
 
 
 def _meet(place: str) -> None:
-    """Devices give up on one another after half a minute; here a process may wait for hours."""
+    """Waits for all processes: a collective on devices gives up after half a minute, which a slow disk exceeds."""
     agreement.meet(place, seconds=_PATIENCE)

@@ -54,7 +54,7 @@ class Parts:
     profile: bool = False
 
 
-def running(parts: Parts, name: str, steps: int, *, first_number: int = 0) -> Run:
+def running(parts: Parts, name: str, steps: int) -> Run:
     """The running parts of a phase of which `steps` are left, as its loop sees them."""
     traced = parts.profile and processes.first()
     return Run(
@@ -63,7 +63,6 @@ def running(parts: Parts, name: str, steps: int, *, first_number: int = 0) -> Ru
         parts.stopper,
         parts.config.checkpoint.every,
         functools.partial(parts.screen.bar, name),
-        first_number=first_number,
         mark=Profiler(parts.directory / "profile" / name.lower(), steps=steps) if traced else lambda: None,
     )
 
@@ -172,7 +171,6 @@ def run_rl(
     tasks: Mixture[Task],
     held_out: Sequence[Task],
     steps: int,
-    sft_steps: int,
     state: states.TrainState | None,
     progress: Progress,
 ) -> Any:
@@ -215,7 +213,7 @@ def run_rl(
                 rollouts,
                 generation.publish,
                 evaluate,
-                running(parts, "RL", steps - progress.step, first_number=sft_steps),
+                running(parts, "RL", steps - progress.step),
                 rl,
                 choose_packing(config, config.agent.max_prompt + config.agent.max_response, policy.mesh),
                 BEHAVIOURS[config.behaviour],

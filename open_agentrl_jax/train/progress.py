@@ -1,4 +1,4 @@
-"""What both loops share: the parts of a run, and when to stop."""
+"""Shared by both training loops: the parts of a run, stop requests, profiling and step times."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from open_agentrl_jax.train.state import TrainState
 
 
 class Interrupted(Exception):
-    """SIGTERM came: save and leave."""
+    """A stop was requested: save and exit."""
 
 
 class Stopper:
-    """Turns SIGTERM into a question that the loops ask between two steps and while they wait."""
+    """Turns SIGTERM into a flag that the loops read between steps and while they wait."""
 
     def __init__(self, agree: Callable[[bool], bool] = bool):
-        """Does nothing yet.
+        """Installs nothing yet.
 
         Args:
-            agree: of several processes, makes the signal to one the signal to all.
+            agree: returns whether the flag is set in any process.
         """
         self._agree, self._signalled = agree, False
-        self.asked = False  # as agreed
+        self.asked = False  # whether any process got the signal, as of the last `agree`
 
     def install(self) -> None:
-        """Takes the signal over (main thread only)."""
+        """Installs the signal handler (main thread only)."""
         signal.signal(signal.SIGTERM, self._signal)
 
     def check(self) -> None:
-        """Raises Interrupted once the signal has come to this process."""
+        """Raises Interrupted if this process got the signal."""
         if self._signalled:
             raise Interrupted
 
     def agree(self) -> None:
-        """Sets `asked`; all processes call it at the same point."""
+        """Sets `asked`; all processes call this at the same point."""
         self.asked = self._agree(self._signalled)
 
     def _signal(self, *_: Any) -> None:
@@ -51,47 +51,46 @@ class Stopper:
 
 
 class Bar(Protocol):
-    """A progress bar's line."""
+    """Updates a progress bar."""
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        """`done` of `total` steps."""
+        """Shows `done` of `total` steps and a text."""
         ...
 
 
 @dataclasses.dataclass
 class Run:
-    """The running parts of one run directory, as both loops see them."""
+    """The open parts of one run directory."""
 
     writer: Writer
     checkpoints: Checkpoints
     stopper: Stopper
     every: int  # steps between checkpoints
     bar: Bar
-    mark: Callable[[], None]  # called before every step, and after the last
-    first_number: int = 0  # of the phase's checkpoints: those of the phases before come first
+    mark: Callable[[], None]  # called before every step and after the last
 
     def save(self, state: TrainState, progress: Progress, *, accuracy: float | None = None) -> None:
-        """Checkpoints the state with the progress and the present lengths of the run's files."""
+        """Saves the state and the progress, with the current lengths of the run's files."""
         progress = dataclasses.replace(progress, offsets=self.writer.offsets())
-        self.checkpoints.save(self.first_number + progress.step, state, progress, accuracy=accuracy)
+        self.checkpoints.save(state, progress, accuracy=accuracy)
 
 
 class Profiler:
-    """What `Run.mark` is for a trace of jax.profiler: two steps of a phase, after the four that compile."""
+    """A `Run.mark` that traces two steps of a phase with jax.profiler, after the first four, which compile."""
 
     def __init__(self, directory: Path, *, steps: int):
-        """Does nothing yet.
+        """Starts nothing yet.
 
         Args:
-            directory: the trace is written below it.
-            steps: that are left of the phase; where they are few, the last two are traced.
+            directory: where the trace is written.
+            steps: remaining steps of the phase; if there are fewer than six, the last two are traced.
         """
         self._directory, self._marks = directory, 0
         self._first = max(0, min(4, steps - 2))
         self._end = min(self._first + 2, steps)
 
     def __call__(self) -> None:
-        """Begins or ends the trace where it is time to."""
+        """Starts or stops the trace if this is its step."""
         if self._marks == self._first:
             jax.profiler.start_trace(self._directory)
         if self._marks == self._end:
@@ -100,7 +99,7 @@ class Profiler:
 
 
 class Clock:
-    """Adds up named wall times of a step; `idle` is what no name claims."""
+    """Adds up the wall time of named parts of a step; `time/other` is the remainder."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -108,7 +107,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Times a block, which has this name in a trace, too."""
+        """Times a block and names it in profiler traces."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -117,7 +116,7 @@ class Clock:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """time/<name> in seconds and time/step, and starts again."""
+        """Returns time/<name> and time/step in seconds, and resets the clock."""
         now = time.perf_counter()
         total = now - self._started
         spent = {f"time/{name}": seconds for name, seconds in self._spent.items()}

@@ -18,26 +18,39 @@ from .eight_devices import difference, jitter, loss
 CONFIG = ModelConfig("qwen2", 96, 64, 128, 2, 4, 2, 16)
 
 
-def test_two_processes_load_compute_export_and_publish_as_one(tmp_path):
-    params = jitter(qwen.init(CONFIG, 0))
-    hf.save_pretrained(tmp_path / "model", CONFIG, params)
-    tokens, positions, segments = packed(np.random.default_rng(0), 4, 24, 12, vocab=96)
-    batch = np.stack([tokens, positions, segments, np.roll(tokens, -1, 1)])
-    np.save(tmp_path / "batch.npy", batch)
+def start(program, folder, devices=2):
+    """Starts two processes of a program of this folder, each with some fake devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    program = pathlib.Path(__file__).with_name("two_processes.py")
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, program, str(rank), port, tmp_path],
-            env=os.environ | fake(2),
+            [sys.executable, pathlib.Path(__file__).with_name(program), str(rank), port, folder],
+            env=os.environ | fake(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+def test_processes_agree_on_the_checkpoint_they_restore(tmp_path):
+    processes = start("restoring.py", tmp_path, devices=1)
+    outputs = [process.communicate(timeout=240) for process in processes]
+    for process, (out, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error
+        assert out.splitlines()[-3:] == ["transient 60 2 True", "memory True", "damaged 30 4 True"]
+    assert (tmp_path / "60" / "damaged.txt").exists() and not (tmp_path / "30" / "damaged.txt").exists()
+
+
+def test_two_processes_load_compute_export_and_publish_as_one(tmp_path):
+    params = jitter(qwen.init(CONFIG, 0))
+    hf.save_pretrained(tmp_path / "model", CONFIG, params)
+    tokens, positions, segments = packed(np.random.default_rng(0), 4, 24, 12, vocab=96)
+    batch = np.stack([tokens, positions, segments, np.roll(tokens, -1, 1)])
+    np.save(tmp_path / "batch.npy", batch)
+    processes = start("two_processes.py", tmp_path)
     value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, CONFIG, *batch)
     for process in processes:
         out, error = process.communicate(timeout=240)
