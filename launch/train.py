@@ -21,7 +21,7 @@ from typing import Any
 
 from launch import command
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.config import Config, Optim, fingerprint, to_dict
+from open_agentrl_jax.config import Config, Optim, to_dict
 from open_agentrl_jax.data.loader import Mixture
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.models.folders import check_target
@@ -29,9 +29,13 @@ from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import count_devices, initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
+<<<<<<< HEAD
 from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
 from open_agentrl_jax.run.doctor import preflight
 from open_agentrl_jax.run.engines import check_generation
+=======
+from open_agentrl_jax.run.directory import claim_directory, fingerprint, lock_directory, undone_if_refused
+>>>>>>> 5e27ee2 (wip)
 from open_agentrl_jax.run.phases import Parts, run_rl, run_sft
 from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
 from open_agentrl_jax.run.world import World, open_world
@@ -132,14 +136,12 @@ def experiment(config: Config, profile: bool) -> int:
 
 
 def open_mirror(config: Config) -> Mirror | None:
-    """The copy of the run, brought here where there is no such run; None where none is wanted, or another copies."""
+    """The copy of the run, downloaded if there is no run here; None if no copy is wanted or another process copies."""
     if not config.checkpoint.copy_to or not processes.first():
         return None
-    mirror = Mirror(Path(config.directory).absolute(), config.checkpoint.copy_to)
-    if mirror.config.get("fingerprint", fingerprint(config)) != fingerprint(config):
-        raise UserError(
-            f"checkpoint.copy_to={mirror.target}: the copy there is of another config; give another place, or remove it"
-        )
+    directory = Path(config.directory).absolute()
+    lock_directory(directory)
+    mirror = Mirror(directory, config.checkpoint.copy_to, fingerprint(config))
     mirror.fetch()
     return mirror
 

@@ -14,11 +14,12 @@ import pathlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 
+from open_agentrl_jax.settings import differences
 from open_agentrl_jax.types import UserError
 
 T = TypeVar("T")
@@ -106,12 +107,3 @@ def exchange(place: str, value: T, *, seconds: float) -> list[T]:
     while len(_written) > 1:  # every process that is here has read all earlier keys
         client.key_value_delete(_written.pop(0))
     return values
-
-
-def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of two nested dictionaries that differ, as (dotted name, value in a, value in b)."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
-    elif a != b:
-        yield name, a, b

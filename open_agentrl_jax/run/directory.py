@@ -1,61 +1,135 @@
-"""The run directory: claimed for one config, cleaned after a refused start, written atomically."""
+"""The run directory: locked by one run, claimed for one config, cleaned after a refused start."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from open_agentrl_jax.config import Config, fingerprint, to_dict
+from open_agentrl_jax import config as configs
+from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.settings import differences
+from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.types import UserError
+
+LOCK = ".lock"
+
+logger = logging.getLogger(__name__)
+_locks: dict[Path, IO[str]] = {}  # open until this process ends: closing a file releases its lock
+
+
+def lock_directory(directory: Path) -> None:
+    """Creates the run directory and locks it until this process ends, however it ends.
+
+    The lock is a POSIX record lock: the kernel releases it with the process, child processes do not inherit it, and NFS
+    keeps it across hosts.
+
+    Raises:
+        UserError: another process has the lock, or the directory cannot be created or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if directory in _locks:
+            return
+        file = open(directory / LOCK, "a+")  # noqa: SIM115 - kept open
+    except OSError as error:
+        raise UserError(f"run_dir={directory}: {error.strerror or error}; give another run_dir") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(
+            f"run_dir={directory}: another run is working there ({holder or 'unknown process'}); wait for it, end it, "
+            "or give another run_dir"
+        ) from error
+    except OSError as error:
+        logger.warning(
+            "run_dir=%s: this file system has no locks (%s); see to it that only one run works there", directory, error
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[directory] = file
 
 
 def claim_directory(config: Config) -> Path:
-    """The run directory, created and marked with the config; refused where another config's run lies there."""
+    """The run directory, created, locked and marked with the config.
+
+    Raises:
+        UserError: the directory holds the run of another config, or cannot be written.
+    """
     directory = Path(config.directory).absolute()
     mark = directory / "config.json"
-    if mark.exists():
-        theirs = json.loads(mark.read_text())
-        then, now = json.loads(theirs["fingerprint"]), json.loads(fingerprint(config))
-        if then != now:
-            changed = ", ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in differences(then, now))
-            raise UserError(f"{mark}: the run there has another config ({changed}); give another run_dir, or remove it")
-    else:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"config": to_dict(config), "fingerprint": fingerprint(config)}, indent=1)
-        write_atomically(mark, text)
+    lock_directory(directory)
+    try:
+        if mark.exists():
+            _refuse_another_config(mark, config)
+        else:
+            facts = {"id": uuid.uuid4().hex, "config": redact(to_dict(config)), "fingerprint": fingerprint(config)}
+            write_atomically(mark, json.dumps(facts, indent=1))
+    except OSError as error:
+        raise UserError(f"run_dir={directory}: {error.strerror or error}; give another run_dir") from error
     return directory
+
+
+def run_id(directory: Path) -> str:
+    """The id that a run keeps over its continuations; empty for a run of an earlier release."""
+    return json.loads((directory / "config.json").read_text()).get("id", "")
+
+
+def _refuse_another_config(mark: Path, config: Config) -> None:
+    try:
+        theirs = json.loads(json.loads(mark.read_text())["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{mark}: not the config.json of a run; give another run_dir, or remove it") from error
+    mine = json.loads(fingerprint(config))
+    if redact(theirs) != mine:
+        text = ", ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in differences(redact(theirs), mine))
+        raise UserError(f"{mark}: the run there has another config ({text}); give another run_dir, or remove it")
+
+
+def fingerprint(config: Config) -> str:
+    """config.fingerprint without secrets: what a run directory and its copy are claimed for."""
+    return json.dumps(redact(json.loads(configs.fingerprint(config))), sort_keys=True)
 
 
 @contextlib.contextmanager
 def undone_if_refused(directory: Path) -> Iterator[None]:
-    """Where a user's mistake ends the command before anything was trained, what it made here goes.
+    """Removes what a command created here if a UserError ends it before anything was trained.
 
-    Else the command with the mistake mended would be another config than the one that the directory is claimed for.
+    Otherwise the corrected command would have another config than the one the directory is claimed for.
     """
     new = not directory.exists()
     before = set(os.listdir(directory)) if directory.is_dir() else set()
     try:
         yield
     except UserError:
-        if processes.first() and not (directory / "metrics.jsonl").exists():
+        lock = _locks.get(directory.absolute())  # without it the files are another run's
+        if processes.first() and lock and not (directory / "metrics.jsonl").exists():
             for name in {"init", "init.tokenizer"} - before:
                 shutil.rmtree(directory / name, ignore_errors=True)
-            for name in {"config.json", "sft.parquet"} - before:
+            for name in {"config.json", "sft.parquet", LOCK} - before:
                 (directory / name).unlink(missing_ok=True)
             for empty in (directory / "checkpoints", directory) if new else ():
                 with contextlib.suppress(OSError):
                     empty.rmdir()
+            _locks.pop(directory.absolute()).close()
         raise
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing."""
+    """Writes a text file; a reader finds the old text or the new one."""
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(text)
     os.replace(temporary, path)
