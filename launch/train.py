@@ -11,11 +11,10 @@ again, with the same draws.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,9 @@ from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import count_devices, initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
-<<<<<<< HEAD
-from open_agentrl_jax.run.directory import claim_directory, undone_if_refused
+from open_agentrl_jax.run.directory import claim_directory, fingerprint, lock_directory, run_id, undone_if_refused
 from open_agentrl_jax.run.doctor import preflight
 from open_agentrl_jax.run.engines import check_generation
-=======
-from open_agentrl_jax.run.directory import claim_directory, fingerprint, lock_directory, undone_if_refused
->>>>>>> 5e27ee2 (wip)
 from open_agentrl_jax.run.phases import Parts, run_rl, run_sft
 from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
 from open_agentrl_jax.run.world import World, open_world
@@ -46,7 +41,7 @@ from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
 from open_agentrl_jax.train.mirror import Mirror
 from open_agentrl_jax.train.progress import Interrupted, Stopper
-from open_agentrl_jax.types import Task, UserError
+from open_agentrl_jax.types import Task
 
 
 def updates_of(config: Config, conversations: int, problems: int) -> tuple[int, int]:
@@ -108,7 +103,7 @@ def experiment(config: Config, profile: bool) -> int:
             state, progress = restored or (None, Progress("sft", 0))
             if restored:
                 screen.say(f"resumed: {progress.phase} step {progress.step} is done")
-            writer = open_writer(config, directory, progress) if processes.first() else Silent()
+            writer = open_writer(config, directory, progress, chat.tools) if processes.first() else Silent()
             parts = Parts(config, directory, policy, chat, loop, world, screen, writer, checkpoints, stopper, profile)
             try:
                 if progress.phase == "sft":
@@ -146,14 +141,16 @@ def open_mirror(config: Config) -> Mirror | None:
     return mirror
 
 
-def open_writer(config: Config, directory: Path, progress: Progress) -> Writer:
-    """The run's files, cut to what `progress` knows of them."""
+def open_writer(config: Config, directory: Path, progress: Progress, tools: Sequence[dict[str, Any]]) -> Writer:
+    """The run's files, cut to their lengths in `progress`."""
     return Writer(
         directory,
         offsets=progress.offsets,
+        tools=tools,
         tensorboard=config.telemetry.tensorboard,
         wandb_project=config.telemetry.wandb_project,
-        config=dataclasses.asdict(config),
+        run_id=run_id(directory),
+        config=to_dict(config),
     )
 
 

@@ -1,22 +1,28 @@
-"""Where a run's numbers and texts go: metrics.jsonl and trajectories.jsonl always, TensorBoard and wandb where asked.
+"""Writes a run's numbers and texts: metrics.jsonl and trajectories.jsonl, and TensorBoard and wandb if configured.
 
-Both files only ever grow by whole lines, and a checkpoint remembers how long they were, so that a continued run cuts
-off what came after it and the files read as if nothing had happened.
+Both files only grow, by whole lines. A checkpoint records their lengths; a resumed run cuts off what was written after
+it, so that the files read as if the run had never stopped.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.telemetry.tokens import pack_tokens
 from open_agentrl_jax.types import Group, UserError
 
 FILES = ("metrics.jsonl", "trajectories.jsonl")
+BLOCK = 1 << 16  # bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Writer:
@@ -27,52 +33,66 @@ class Writer:
         directory: str | os.PathLike[str],
         *,
         offsets: Mapping[str, int] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         tensorboard: bool = False,
         wandb_project: str = "",
+        run_id: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        """Opens the files and cuts them to `offsets` (bytes; default: to nothing).
+        """Opens the files and cuts them to `offsets`.
+
+        Args:
+            directory: the run directory.
+            offsets: length of each file in bytes; missing ones are emptied. A file that is shorter than this is cut at
+                its last whole line, with a warning.
+            tools: schemas of the tools that the model may call, for trajectories.jsonl.
+            tensorboard: write to `<directory>/tensorboard`.
+            wandb_project: name of a wandb project; empty for none.
+            run_id: a wandb run with this id is continued.
+            config: shown by wandb, without secrets.
 
         Raises:
             UserError: TensorBoard or wandb is asked for and not installed.
         """
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._board = self._wandb = None
+        self._tools = list(tools)
+        self._board = _open_board if tensorboard else None
+        self._boards: dict[str, Any] = {}
+        self._wandb = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-            except ImportError as error:
-                raise UserError("telemetry.tensorboard: install it with pip install -e '.[tensorboard]'") from error
-            self._board = SummaryWriter(str(self._directory / "tensorboard"))
+            _import("tensorboardX", "telemetry.tensorboard", "tensorboard")
         if wandb_project:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]
-            except ImportError as error:
-                raise UserError("telemetry.wandb_project: install it with pip install -e '.[wandb]'") from error
+            wandb = _import("wandb", "telemetry.wandb_project", "wandb")
             self._wandb = wandb.init(
-                project=wandb_project, name=self._directory.name, config=dict(config or {}), resume="allow"
+                project=wandb_project,
+                name=self._directory.name,
+                id=run_id or None,
+                config=redact(dict(config or {})),
+                resume="allow",
             )
-        self._files = {}
-        for name in FILES:
-            file = open(self._directory / name, "ab")  # noqa: SIM115 - closed in close()
-            file.truncate((offsets or {}).get(name, 0))
-            self._files[name] = file
+        self._files = {name: _open_cut(self._directory / name, (offsets or {}).get(name, 0)) for name in FILES}
+        self._steps, self._lines = _position(self._directory / "metrics.jsonl")
 
     def metrics(self, step: int, phase: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Appends one line; numbers that are not finite are written as null, which every JSON reader takes."""
+        """Appends one line; numbers that are not finite are written as null, which every JSON reader accepts."""
         numbers = {name: _number(value) for name, value in values.items()}
         self._append("metrics.jsonl", {"step": step, "phase": phase, **numbers})
         shown = {f"{phase}/{name}": value for name, value in numbers.items() if isinstance(value, int | float)}
         if self._board is not None:
+            if phase not in self._boards:  # one log per phase, as each has steps of its own to purge
+                purge = self._steps.get(phase, -1) + 1
+                self._boards[phase] = self._board(self._directory / "tensorboard" / phase, purge)
             for name, value in shown.items():
-                self._board.add_scalar(name, value, step)
+                self._boards[phase].add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({**shown, f"{phase}/step": step})
+            # wandb ignores a step that it has already: lines that a resumed run writes again appear once.
+            self._wandb.log({**shown, f"{phase}/step": step}, step=self._lines)
+        self._lines += 1
         return numbers
 
     def trajectories(self, step: int, phase: str, groups: Iterable[Group]) -> None:
-        """Appends one line a trajectory, in the order of problems and samples."""
+        """Appends one line per trajectory, in the order of problems and samples."""
         for group in groups:
             for sample, trajectory in enumerate(group.trajectories):
                 self._append(
@@ -83,6 +103,7 @@ class Writer:
                         "problem_id": group.task.id,
                         "sample": sample,
                         "prompt": [message.to_chat() for message in group.task.messages],
+                        "tools": self._tools,
                         "messages": [message.to_chat() for message in trajectory.said],
                         "answer": group.task.answer if isinstance(group.task.answer, str) else None,
                         "reward": round(trajectory.reward, 6),
@@ -95,17 +116,17 @@ class Writer:
                 )
 
     def offsets(self) -> dict[str, int]:
-        """Bytes of each file, all of them handed to the operating system."""
+        """Length of each file in bytes, after a flush to the operating system."""
         for file in self._files.values():
             file.flush()
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
-        """Closes all."""
+        """Closes the files, TensorBoard and wandb."""
         for file in self._files.values():
             file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards.values():
+            board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -115,14 +136,67 @@ class Writer:
 
 
 class Silent(Writer):
-    """Writes nothing: for the processes that follow the first."""
+    """Writes nothing: for all processes but the first."""
 
     def __init__(self) -> None:
         self._board = self._wandb = None
-        self._files = {}
+        self._boards, self._files, self._tools, self._lines = {}, {}, [], 0
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         pass
+
+
+def _import(module: str, field: str, extra: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(f"{field}: install it with pip install -e '.[{extra}]'") from error
+
+
+def _open_board(directory: Path, purge_step: int) -> Any:
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
+def _open_cut(path: Path, length: int) -> IO[bytes]:
+    """Opens a file to append to, cut to `length` bytes, or, if it is shorter, at the end of its last whole line."""
+    file = open(path, "ab+")  # noqa: SIM115 - closed in Writer.close
+    size = file.seek(0, os.SEEK_END)
+    if size < length:
+        end = size
+        while end > 0:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            place = file.read(end - start).rfind(b"\n")
+            end = start + place + 1 if place >= 0 else start
+            if place >= 0:
+                break
+        logger.warning(
+            "%s: has %d bytes where the checkpoint expects %d: some lines were lost; cut to its last whole line (%d "
+            "bytes) and continued from there",
+            path,
+            size,
+            length,
+            end,
+        )
+        length = end
+    file.truncate(length)
+    file.seek(length)
+    return file
+
+
+def _position(path: Path) -> tuple[dict[str, int], int]:
+    """The last step of each phase in metrics.jsonl, and its number of lines."""
+    steps: defaultdict[str, int] = defaultdict(int)
+    lines = path.read_bytes().splitlines()
+    for line in lines:
+        try:
+            value = json.loads(line)
+            steps[value["phase"]] = max(steps[value["phase"]], value["step"])
+        except (ValueError, KeyError, TypeError):  # a damaged line; the report names it
+            continue
+    return dict(steps), len(lines)
 
 
 def _number(value: Any) -> Any:

@@ -19,7 +19,10 @@ from open_agentrl_jax.telemetry.redact import redact
         # no secrets
         ("http://127.0.0.1:30000/v1", "http://127.0.0.1:30000/v1"),
         ("a token=", "a token="),
-        ("monkey=3, max_tool_tokens=5, tokenizer=Qwen/Qwen3-4B", "monkey=3, max_tool_tokens=5, tokenizer=Qwen/Qwen3-4B"),
+        (
+            "monkey=3, max_tool_tokens=5, tokenizer=Qwen/Qwen3-4B",
+            "monkey=3, max_tool_tokens=5, tokenizer=Qwen/Qwen3-4B",
+        ),
         ("mail me@host", "mail me@host"),
     ],
 )

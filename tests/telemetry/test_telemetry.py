@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def group(*trajectories):
     return Group(Task("p1", [Message("user", "q")], "3"), list(trajectories))
 
 
-def test_files_are_cut_to_what_the_checkpoint_knew(tmp_path):
+def test_files_are_cut_to_the_lengths_of_the_checkpoint(tmp_path):
     writer = Writer(tmp_path)
     writer.metrics(1, "rl", {"a": np.float32(0.5), "b": float("nan"), "c": 3.0})
     writer.trajectories(1, "rl", [group(trajectory())])
@@ -55,7 +57,87 @@ def test_files_are_cut_to_what_the_checkpoint_knew(tmp_path):
     assert line["messages"][0]["content"] == "say <b>" and line["prompt"] == [{"role": "user", "content": "q"}]
 
 
-def test_metrics_leave_out_what_the_infrastructure_lost():
+@pytest.mark.parametrize("left", [0, 3, 30, 75])
+def test_a_file_shorter_than_remembered_is_cut_at_a_line_s_end(tmp_path, monkeypatch, caplog, left):
+    monkeypatch.setattr("open_agentrl_jax.telemetry.writer.BLOCK", 7)
+    path = tmp_path / "metrics.jsonl"
+    writer = Writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.metrics(step, "rl", {"a": step})
+    offsets = writer.offsets()
+    writer.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    writer = Writer(tmp_path, offsets=offsets)
+    writer.metrics(4, "rl", {"a": 4})
+    writer.close()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [*range(1, whole[:left].count(b"\n") + 1), 4]
+    assert "some lines were lost" in caplog.text
+
+
+def test_rows_hold_the_tools(tmp_path):
+    schema = {"type": "function", "function": {"name": "python"}}
+    writer = Writer(tmp_path, tools=[schema])
+    writer.trajectories(1, "rl", [group(trajectory())])
+    writer.close()
+    assert json.loads((tmp_path / "trajectories.jsonl").read_text())["tools"] == [schema]
+
+
+class FakeBoard:
+    made = []  # noqa: RUF012
+
+    def __init__(self, directory, purge_step):
+        self.directory, self.purge_step, self.steps = directory, purge_step, []
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.steps.append(step)
+
+    def close(self):
+        pass
+
+
+class FakeWandb:
+    """Ignores a step that it has, as wandb does."""
+
+    def __init__(self):
+        self.rows, self.inits = {}, []
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        return self
+
+    def log(self, row, *, step):
+        self.rows.setdefault(step, row)
+
+    def finish(self):
+        pass
+
+
+def test_a_resumed_run_repeats_no_step_in_tensorboard_or_wandb(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=FakeBoard))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(FakeBoard, "made", [])
+    options = {"tensorboard": True, "wandb_project": "p", "run_id": "one", "config": {"api_key": "s3cret"}}
+    writer = Writer(tmp_path, **options)
+    for step in (1, 2, 3):
+        writer.metrics(step, "sft", {"loss": 1.0})
+    writer.metrics(1, "rl", {"a": 1.0})
+    offsets = writer.offsets()
+    writer.metrics(2, "rl", {"a": 1.0})
+    writer.close()
+    writer = Writer(tmp_path, offsets=offsets, **options)
+    writer.metrics(2, "rl", {"a": 1.0})
+    writer.close()
+    boards = [(board.directory.rpartition("/")[2], board.purge_step, board.steps) for board in FakeBoard.made]
+    assert boards == [("sft", 0, [1, 2, 3]), ("rl", 0, [1, 2]), ("rl", 2, [2])]
+    assert [row.get("rl/step") for row in wandb.rows.values()] == [None, None, None, 1, 2]
+    assert [(i["id"], i["resume"], i["config"]) for i in wandb.inits] == [("one", "allow", {"api_key": "***"})] * 2
+
+
+def test_metrics_exclude_aborted_episodes():
     lost = trajectory(reward=0.0, accuracy=0.0, stop="aborted", calls=0.0, good=0.0)
     numbers = rollout_metrics([group(trajectory(), trajectory(-1.0, 0.0), lost)], version=4)
     assert numbers["accuracy/mean"] == 0.5 and numbers["reward/mean"] == 0 and numbers["episodes/aborted"] == 1
@@ -69,9 +151,7 @@ def test_a_curve_is_one_line(values):
     assert "\n" not in curve(values) and len(curve(values)) < 90
 
 
-def test_missing_extras_are_told(tmp_path, monkeypatch):
-    import sys
-
+def test_a_missing_extra_is_an_error_with_its_cure(tmp_path, monkeypatch):
     from open_agentrl_jax.types import UserError
 
     monkeypatch.setitem(sys.modules, "tensorboardX", None)

@@ -14,7 +14,6 @@ from tests.disks import bucket_mount  # noqa: F401 - a fixture
 
 from .test_checkpoint import abstract, equal, make
 
-
 FINGERPRINT = '{"seed": 1}'
 
 

@@ -1,0 +1,95 @@
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from open_agentrl_jax.config import Config
+from open_agentrl_jax.run import directory as directories
+from open_agentrl_jax.run.directory import claim_directory, lock_directory, undone_if_refused
+from open_agentrl_jax.types import UserError
+
+HOLD = """
+import os, sys, time, pathlib
+from open_agentrl_jax.run.directory import lock_directory
+lock_directory(pathlib.Path(sys.argv[1]))
+if os.fork() == 0:  # a child outlives a killed run for a while
+    time.sleep(30)
+print("locked", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another run in `tmp_path / "run"`, with a child process."""
+    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_one_run_per_directory_and_a_killed_run_leaves_no_lock(tmp_path, holder):
+    run = tmp_path / "run"
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"another run is working there .process {holder.pid} on "):
+        lock_directory(run)
+    with pytest.raises(UserError, match="another run"), undone_if_refused(run):
+        claim_directory(Config(name="x", run_dir=str(run)))
+    assert (run / "config.json").exists()
+    holder.kill()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            return lock_directory(run)
+        except UserError:
+            time.sleep(0.01)
+    pytest.fail("still locked")
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    lock_directory(tmp_path)
+    assert "this file system has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": 1}', '{"model_type": "qwen3"}'])
+def test_a_config_json_that_is_no_run_s_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"not the config\.json of a run"):
+        claim_directory(Config(name="x", run_dir=str(tmp_path)))
+    assert (tmp_path / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_run_directory_that_cannot_be_made(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run_dir=.*give another run_dir"):
+        claim_directory(Config(name="x", run_dir=str(tmp_path / place)))
+
+
+def test_secrets_are_neither_written_nor_part_of_the_claim(tmp_path):
+    config = Config(name="x", run_dir=str(tmp_path))
+    config.rollout.servers = ("http://me:s3cret@host:1",)
+    config.agent.tools = ("mcp:serve --api-key s3cret",)
+    claim_directory(config)
+    text = (tmp_path / "config.json").read_text()
+    assert "s3cret" not in text and "http://***@host:1" in text
+    config.agent.tools = ("mcp:serve --api-key changed",)
+    claim_directory(config)
+    config.seed = 3
+    with pytest.raises(UserError, match="seed: 0 there, 3 here"):
+        claim_directory(config)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["id"] == directories.run_id(tmp_path)
