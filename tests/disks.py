@@ -9,11 +9,14 @@ import pytest
 @pytest.fixture
 def bucket_mount(monkeypatch):
     """Directories cannot be renamed or moved, as with gcsfuse on a flat bucket."""
-    for name in ("rename", "replace"):
 
-        def refusing(source, target, *, real=getattr(os, name), **kwargs):
+    def refusing(real):
+        def rename(source, target, **kwargs):
             if os.path.isdir(source):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
             return real(source, target, **kwargs)
 
-        monkeypatch.setattr(os, name, refusing)
+        return rename
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))

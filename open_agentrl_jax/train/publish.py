@@ -1,8 +1,9 @@
-"""Weights out: a Hugging Face folder a version, whole or not at all, for engines that load from a path.
+"""Publishes weights: one Hugging Face folder per version, for engines that load from a path.
 
-`root` is a path that all servers see: a shared file system, or a tmpfs on one machine. A version is written beside its
-name and renamed; the last two stay, as a server that comes back may still be reading the one before. Each process
-writes its own share of the files, with several threads, while the next tensors come from the devices.
+`root` is a path that all servers see: a shared file system, a mounted bucket, or a tmpfs on one machine. A version
+becomes visible by its manifest, published.json, which is written last; no directory has to be renamed. The last two
+versions stay, since a server that comes back may still be reading the previous one. Each process writes its share of
+the files with several threads, while the next tensors come from the devices.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import json
 import math
 import os
 import pathlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.models import export, hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.params import TABLE
 from open_agentrl_jax.models.tensor_files import header
-from open_agentrl_jax.parallel import sharding
+from open_agentrl_jax.parallel import processes, sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.train import spare
 from open_agentrl_jax.types import UserError
@@ -41,15 +42,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_BYTES = 2**30
 _AHEAD = 3  # tensors on their way from the devices
 _WRITERS = min(8, os.cpu_count() or 1)
-_PIECE = 2**23  # bytes that a writer rounds, turns and writes at once, in memory that it keeps
-_STRIP = 16  # rows turned at once: half a cache line of the result
+_PIECE = 2**23  # bytes that a writer rounds, transposes and writes at once, in memory that it reuses
+_STRIP = 16  # rows transposed at once: half a cache line of the result
 _memory = threading.local()
 _DTYPE = "bfloat16"
+MANIFEST = "published.json"
 
 
 def version_path(root: str | os.PathLike[str], version: int) -> pathlib.Path:
-    """Where `publish_weights` puts a version."""
+    """Where `publish_weights` writes a version."""
     return pathlib.Path(root) / f"v{version:08d}"
+
+
+def is_published(folder: pathlib.Path) -> bool:
+    """Whether a version is complete: the manifest is there and every file has its size."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def publish_weights(
@@ -59,22 +70,17 @@ def publish_weights(
     version: int,
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
-    frozen: Collection[str] = (),
-    unchanged_from: str | os.PathLike[str] | None = None,
     keep: int = 2,
 ) -> pathlib.Path:
-    """Writes the parameters as bfloat16 in `version_path(root, version)`. With several processes all must call it.
+    """Writes the parameters as bfloat16 to `version_path(root, version)`. With several processes all must call it.
 
     Args:
         params: see models/qwen.py, sharded or not.
-        model_config: what the parameters are.
+        model_config: the config of the parameters.
         root: a folder for versions only.
-        version: a version that is there already is replaced.
-        tokenizer_from: a folder whose tokenizer and generation_config.json go along.
-        frozen: our paths ("embed", "layers/q", ...) of parameters that are not trained; they get files of their own.
-        unchanged_from: what an earlier call of this run with the same `frozen` returned; the files of the frozen
-            parameters are linked from there, not written.
-        keep: versions that stay, this one included.
+        version: an existing version of this number is replaced.
+        tokenizer_from: a folder whose tokenizer and generation_config.json are copied.
+        keep: number of versions to keep, including this one.
 
     Returns:
         The folder.
@@ -83,59 +89,59 @@ def publish_weights(
         UserError: the disk is full, or `root` cannot be written. Earlier versions stay as they are.
     """
     target = version_path(root, version)
-    temporary = target.with_name(f".{target.name}.tmp")
-    me, processes = _process()
-    files = _plan(params, frozen)
-    linked = {
-        name for name, tensors in files.items() if unchanged_from and all(tensor.path in frozen for tensor in tensors)
-    }
+    me, count = _process()
+    files = _plan(params)
     with _reported(target):
         if me == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            spare.reuse(temporary, files.keys() - linked)
+            spare.drop(target)
+            spare.reuse(target, files.keys())
             source = None if tokenizer_from is None else hf.resolve(tokenizer_from, weights=False)
-            export.write_configs(temporary, model_config, _DTYPE, list(files.values()), tokenizer_from=source)
-    with _reported(target, temporary), ThreadPoolExecutor(_WRITERS) as writers:
+            export.write_configs(target, model_config, _DTYPE, list(files.values()), tokenizer_from=source)
+    with _reported(target), ThreadPoolExecutor(_WRITERS) as writers:
         failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
-            if unchanged_from is not None and name in linked:
-                if me == 0:
-                    os.link(pathlib.Path(unchanged_from) / name, temporary / name)
-                continue
-            arrays = _taken(params, tensors, to_host=number % processes == me)
+            arrays = _gathered(params, tensors, to_host=number % count == me)
             try:
-                if number % processes == me and not failures:
-                    _write(temporary / name, tensors, arrays, writers)
+                if number % count == me and not failures:
+                    _write(target / name, tensors, arrays, writers)
             except OSError as error:
                 failures.append(error)
             for _ in arrays:
-                pass  # this process takes part in gathering, also where its own disk is full
+                pass  # this process takes part in gathering even if its own disk is full
         if failures:
             raise failures[0]
-    with _reported(target, temporary):
+    with _reported(target):
         if me == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            kept = sorted(path for path in target.parent.glob("v*") if re.fullmatch(r"v\d{8}", path.name))
-            for old in [path for path in kept if path <= target][:-keep]:
-                spare.retire(old)
+            sizes = {file.name: file.stat().st_size for file in target.iterdir()}
+            (target / MANIFEST).write_text(json.dumps({"version": version, "files": sizes}))
+            _evict(target, keep)
     return target
 
 
+def _evict(newest: pathlib.Path, keep: int) -> None:
+    """Removes old versions, and what a killed run left unfinished."""
+    versions = sorted(path for path in newest.parent.glob("v*") if re.fullmatch(r"v\d{8}", path.name))
+    complete = [path for path in versions if path <= newest and is_published(path)]
+    for path in versions:
+        if path <= newest and path not in complete[-keep:]:
+            spare.retire(path)
+
+
 def start_replay(params: qwen.Params, model_config: ModelConfig, ids: Sequence[int]) -> Callable[[], np.ndarray]:
-    """What `publish_weights` writes, replayed by this trainer: the proof that a server has these weights.
+    """Starts to compute the log-probs of a published version, to check that a server has these weights.
 
     The parameters are rounded to bfloat16 as the files are. With several processes all must call it.
 
     Returns:
-        What waits for it, in any thread: [t] log-probs (nats, temperature 1) of ids[i] given ids[:i]; the first is 0.
+        A function that waits for the result, in any thread: [t] log-probs (nats, temperature 1) of ids[i] given
+        ids[:i]; the first is 0.
     """
     leaf = jax.tree.leaves(params)[0]
     mesh: Any = leaf.sharding.mesh if isinstance(leaf.sharding, jax.sharding.NamedSharding) else None
-    # As many rows, and as many parts of one, as the mesh cuts a batch into; what fills the last part is seen by none.
+    # As many rows, and parts per row, as the mesh cuts a batch into; the padding comes last, so no token attends to it.
     rows, parts = (1, 1) if mesh is None else (sharding.ways(axes, mesh) for axes in sharding.HIDDEN[:2])
     tokens = np.repeat(np.pad(np.asarray(ids, np.int32), (0, -len(ids) % parts))[None], rows, 0)
-    targets = np.roll(tokens, -1, axis=1)  # here: what lies in parts over seq is not rolled by newer releases of jax
+    targets = np.roll(tokens, -1, axis=1)  # in numpy: newer JAX does not roll an axis sharded over seq
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         placed = (tokens, targets) if mesh is None else jax.device_put((tokens, targets), sharding.TOKENS)
         logprobs = _replay(params, model_config, *placed)
@@ -143,31 +149,32 @@ def start_replay(params: qwen.Params, model_config: ModelConfig, ids: Sequence[i
 
 
 def replayed_logprobs(params: qwen.Params, model_config: ModelConfig, ids: Sequence[int]) -> np.ndarray:
-    """`start_replay`, waited for."""
+    """The result of `start_replay`."""
     return start_replay(params, model_config, ids)()
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
 def _replay(params: qwen.Params, model_config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    # Rounded where it is used: no second copy of all parameters, which would take longer than the forward.
+    # Rounded where they are used: a second copy of all parameters would take longer than the forward pass.
     hidden = qwen.forward(params, model_config, tokens, positions, jnp.ones_like(tokens), stored=export.rounded)
     logprobs, _ = token_logprobs(hidden, export.rounded(qwen.unembedding(params, model_config)), targets)
     return (logprobs if current_mesh() is None else jax.reshard(logprobs, jax.P()))[0, :-1]
 
 
 @contextlib.contextmanager
-def _reported(target: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterator[None]:
-    """Makes a process's failure the failure of all, so that none waits for it, and says what to do about it."""
+def _reported(target: pathlib.Path) -> Iterator[None]:
+    """Turns the failure of one process into an error of all, removes the unfinished version and names the cure."""
     failure: OSError | None = None
     try:
         yield
     except OSError as error:
         failure = error
-    if not _any_process(failure is not None):
+    if not processes.any_of(failure is not None):
         return
-    if temporary is not None and _process()[0] == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if _process()[0] == 0:
+        with contextlib.suppress(OSError):
+            spare.drop(target)
     if failure is not None and failure.errno in _FULL:
         free = shutil.disk_usage(target.parent).free / 1e9
         raise UserError(
@@ -181,27 +188,17 @@ def _process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def _any_process(condition: bool) -> bool:
-    """Whether it holds in any process; all wait for each other here."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(np.any(multihost_utils.process_allgather(np.array([condition]))))
-
-
-def _plan(params: qwen.Params, frozen: Collection[str]) -> dict[str, list[export.Tensor]]:
-    """File name -> its tensors. Files hold about a gigabyte, and either frozen or trained parameters."""
-    paths = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    if unknown := set(frozen) - paths:
-        raise UserError(f"frozen: {', '.join(sorted(unknown))}: no such parameter; they are called like 'layers/q'")
-    shards = export.plan(params, 2, _FILE_BYTES, frozen)
+def _plan(params: qwen.Params) -> dict[str, list[export.Tensor]]:
+    """File name -> its tensors; a file holds about a gigabyte."""
+    shards = export.plan(params, 2, _FILE_BYTES)
     return {export.shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
-def _taken(params: qwen.Params, tensors: list[export.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
-    """The tensors: as files hold them, on the devices and, `to_host`, on their way from there, a few computed ahead.
+def _gathered(params: qwen.Params, tensors: list[export.Tensor], *, to_host: bool) -> Iterator[jax.Array | np.ndarray]:
+    """The tensors in the layout of the files, gathered on the devices a few ahead and, if `to_host`, copied from there.
 
-    One thread asks for them, in the same order in every process: that may be a collective. What lies in this host's
-    memory is only looked at, as it lies there: writers round and turn it without a copy of the whole.
+    One thread gathers them, in the same order in every process: that may be a collective. Parameters in host memory
+    are viewed without a copy; the writers round and transpose them piece by piece.
     """
     if _in_memory(params):
         yield from (export.look(params, tensor) for tensor in tensors)
@@ -223,14 +220,11 @@ def _in_memory(params: qwen.Params) -> bool:
 
 
 def _write(
-    path: pathlib.Path,
-    tensors: list[export.Tensor],
-    arrays: Iterator[jax.Array | np.ndarray],
-    writers: ThreadPoolExecutor,
+    path: pathlib.Path, tensors: list[export.Tensor], arrays: Iterator[jax.Array | np.ndarray], writers: ThreadPoolExecutor
 ) -> None:
-    """One file, in pieces, by all writers at once."""
+    """Writes one file in pieces with all writers at once."""
     head, size = header({tensor.name: tensor.shape for tensor in tensors}, _DTYPE)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:  # over a spare one, if any
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:  # over a spare
         file.truncate(len(head) + size)
         file.write(head)
         place = len(head)
@@ -252,23 +246,23 @@ def _write(
             while running:
                 running.popleft().result()
         finally:
-            concurrent.futures.wait(running)  # the file stays open for them
+            concurrent.futures.wait(running)  # they use the open file
 
 
 def _put(file: int, place: int, array: jax.Array | np.ndarray, rows: slice, transposed: bool) -> None:
-    """Writes some rows of a file's tensor at `place`; a numpy array is as parameters are, not as files are."""
+    """Writes some rows of a tensor at `place`; a numpy array has the layout of the parameters, not of the file."""
     if isinstance(array, jax.Array):
         block = np.ascontiguousarray(np.asarray(array)[rows])
     else:
         block = _as_filed(array[:, rows] if transposed else array[rows], transposed)
     left = block.reshape(-1).view(np.uint8).data
-    while left:  # a call may write a part
+    while left:  # a call may write less than all of it
         written = os.pwrite(file, left, place)
         left, place = left[written:], place + written
 
 
 def _as_filed(piece: np.ndarray, transposed: bool) -> np.ndarray:
-    """Rounded and turned; valid until the thread's next call. Touching new memory would take longer than both."""
+    """Rounds and transposes in memory that the thread reuses: touching new memory would take longer than both."""
     rounded = _kept("rounded", piece.shape, jnp.bfloat16)
     np.copyto(rounded, piece, casting="unsafe")
     if not transposed:
@@ -280,7 +274,7 @@ def _as_filed(piece: np.ndarray, transposed: bool) -> np.ndarray:
 
 
 def _kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory of this thread's, with whatever was in it."""
+    """Uninitialised memory that this thread reuses."""
     size = math.prod(shape)
     memory = getattr(_memory, name, None)
     if memory is None or memory.size < size:

@@ -1,8 +1,8 @@
-"""The files of the version that was dropped last, for the next one to be written over: their memory is there already.
+"""Keeps the files of the last evicted version for the next one to overwrite: their memory is already allocated.
 
-On a tmpfs alone, where the kernel zeroes each new page (and a virtual machine may have to ask its host for it): there
-this halves the time of writing. It holds no more memory than writing beside two versions takes anyway. A file that any
-process still has open or mapped, say a server that is slow to load it, is not written over.
+Only on tmpfs, where the kernel zeroes each new page (and a virtual machine may have to request it from its host); there
+it halves the time of writing. It takes no more memory than writing beside two versions does anyway. A file that any
+process has open or mapped, such as a server that is slow to load it, is not overwritten.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ _NAME = ".spare"
 
 
 def retire(folder: pathlib.Path) -> None:
-    """Drops a version; its files are kept aside where that is of use."""
+    """Removes a version; on tmpfs its files are kept as spares."""
     spare = folder.with_name(_NAME)
     shutil.rmtree(spare, ignore_errors=True)
     if _on_tmpfs(folder):
         folder.rename(spare)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        drop(folder)
+
+
+def drop(folder: pathlib.Path) -> None:
+    """Removes a version if it exists, its manifest first, so that a half-removed one is not taken for a whole one."""
+    for file in sorted(folder.glob("*"), key=lambda file: file.suffix != ".json"):
+        file.unlink()
+    if folder.exists():
+        folder.rmdir()
 
 
 def reuse(folder: pathlib.Path, names: Collection[str]) -> None:
-    """Makes `folder`, with those of the spare files in it that are called one of `names` and are nobody else's."""
+    """Creates `folder` with the spare files that have one of `names` and that no process uses."""
     spare = folder.with_name(_NAME)
     if spare.exists():
         spare.rename(folder)
@@ -51,7 +59,7 @@ def _on_tmpfs(folder: pathlib.Path) -> bool:
 
 
 def _unused(file: pathlib.Path) -> bool:
-    """Whether it has no other name, and is open nowhere: only then the kernel leases it for writing."""
+    """Whether the file is open nowhere, which is when the kernel grants a write lease, and has no other name."""
     if file.stat().st_nlink > 1:
         return False
     with open(file, "r+b") as opened:

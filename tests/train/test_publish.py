@@ -1,6 +1,5 @@
 import concurrent.futures
 import errno
-import json
 import mmap
 import resource
 import threading
@@ -15,6 +14,7 @@ from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.train import publish, spare
 from open_agentrl_jax.train.publish import publish_weights, replayed_logprobs
 from open_agentrl_jax.types import UserError
+from tests.disks import bucket_mount  # noqa: F401 - a fixture
 
 SIZES = dict(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
@@ -45,7 +45,7 @@ def tree_of(folder):
 
 @pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
 @pytest.mark.parametrize("file_bytes", [2**30, 20_000], ids=["one file", "many"])
-def test_what_is_published_is_the_model_in_bfloat16(tmp_path, monkeypatch, config, file_bytes):
+def test_a_version_is_the_model_in_bfloat16(tmp_path, monkeypatch, config, file_bytes):
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -65,7 +65,7 @@ def test_what_is_published_is_the_model_in_bfloat16(tmp_path, monkeypatch, confi
 
 
 @pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
-def test_devices_round_and_turn_as_writers_do(tmp_path, monkeypatch, config):
+def test_devices_round_and_transpose_as_writers_do(tmp_path, monkeypatch, config):
     params = make(config)
     hard = np.array([0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-40, 1.00390625, 1.01171875], np.float32)  # halves are even
     params["layers"]["q"] = params["layers"]["q"].at[1, 3, : len(hard)].set(hard)
@@ -77,6 +77,35 @@ def test_devices_round_and_turn_as_writers_do(tmp_path, monkeypatch, config):
     assert_same(jax.tree.map(np.asarray, hf.load_pretrained(here)[1]), rounded(params))
 
 
+@pytest.mark.usefixtures("bucket_mount")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_version_is_visible_once_its_manifest_is_written(tmp_path, monkeypatch, killed):
+    """On a file system that renames no directory."""
+
+    def write(*arguments):
+        assert not publish.is_published(publish.version_path(tmp_path, 2))
+        if killed:
+            raise KeyboardInterrupt
+        real_write(*arguments)
+
+    real_write = publish._write
+    publish_weights(make(QWEN3), QWEN3, tmp_path, 1)
+    monkeypatch.setattr(publish, "_write", write)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            publish_weights(make(QWEN3), QWEN3, tmp_path, 2)
+    else:
+        publish_weights(make(QWEN3), QWEN3, tmp_path, 2)
+    complete = [publish.is_published(path) for path in sorted(tmp_path.glob("v*"))]
+    assert complete == [True, not killed]
+    monkeypatch.setattr(publish, "_write", real_write)
+    publish_weights(make(QWEN3), QWEN3, tmp_path, 3)  # what was killed does not count among the two that stay
+    names = [path.name for path in sorted(tmp_path.glob("v*"))]
+    assert names == ["v00000001" if killed else "v00000002", "v00000003"]
+    (tmp_path / "v00000003" / "model.safetensors").write_bytes(b"cut")
+    assert not publish.is_published(tmp_path / "v00000003")
+
+
 def test_two_versions_stay(tmp_path):
     params = make(QWEN3)
     for version in (1, 2, 3, 3):
@@ -85,7 +114,7 @@ def test_two_versions_stay(tmp_path):
 
 
 @pytest.mark.parametrize("reader", [False, True])
-def test_a_new_version_is_written_over_a_dropped_one_that_nobody_reads(tmp_path, monkeypatch, reader):
+def test_a_new_version_overwrites_an_evicted_one_that_nobody_reads(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(spare, "_on_tmpfs", lambda folder: True)
     versions = [make(QWEN3, seed) for seed in range(4)]
     first = publish_weights(versions[0], QWEN3, tmp_path, 0) / "model.safetensors"
@@ -99,20 +128,11 @@ def test_a_new_version_is_written_over_a_dropped_one_that_nobody_reads(tmp_path,
             last = publish.version_path(tmp_path, number - 1)
             for path, params in ((last, versions[number - 1]), (folder, versions[number])):
                 assert_same(jax.tree.map(np.asarray, hf.load_pretrained(path)[1]), rounded(params))
-        assert not reader or mapped[:] == before  # still the weights that it had begun to read
+        assert not reader or mapped[:] == before  # the weights that it started to read
     assert ((folder / "model.safetensors").stat().st_ino == inode) == (not reader)
 
 
-def test_a_linked_file_is_not_written_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(spare, "_on_tmpfs", lambda folder: True)
-    folder = publish_weights(make(QWEN3), QWEN3, tmp_path, 0, frozen=("embed",))
-    for number in (1, 2):
-        folder = publish_weights(make(QWEN3), QWEN3, tmp_path, number, frozen=("embed",), unchanged_from=folder)
-    publish_weights(make(QWEN3, 1), QWEN3, tmp_path, 3, frozen=("embed",))
-    assert_same(jax.tree.map(np.asarray, hf.load_pretrained(folder)[1]), rounded(make(QWEN3)))
-
-
-def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
+def test_a_full_disk_is_an_error_and_harms_nothing(tmp_path):
     publish_weights(make(QWEN3), QWEN3, tmp_path, 1)
     before = tree_of(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -130,26 +150,6 @@ def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"rollout\.weights_dir: cannot write"):
         publish_weights(make(QWEN3), QWEN3, tmp_path / "file", 1)
-
-
-def test_frozen_parameters_are_linked(tmp_path):
-    frozen = ("embed", "layers/q")
-    params = make(QWEN3)
-    first = publish_weights(params, QWEN3, tmp_path, 1, frozen=frozen)
-    changed = {**params, "norm": params["norm"] + 1}
-    second = publish_weights(changed, QWEN3, tmp_path, 2, frozen=frozen, unchanged_from=first)
-    third = publish_weights(changed, QWEN3, tmp_path, 3, frozen=frozen, unchanged_from=second)
-    inodes = [{path.name: path.stat().st_ino for path in folder.glob("*.safetensors")} for folder in (second, third)]
-    shared = [name for name in inodes[0] if inodes[0][name] == inodes[1][name]]
-    names = json.loads((third / "model.safetensors.index.json").read_text())["weight_map"]
-    linked = {name for name, file in names.items() if file in shared}
-    assert linked == {"model.embed_tokens.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))}
-    assert_same(jax.tree.map(np.asarray, hf.load_pretrained(third)[1]), rounded(changed))
-
-
-def test_an_unknown_frozen_parameter(tmp_path):
-    with pytest.raises(UserError, match="layers/nothing"):
-        publish_weights(make(QWEN3), QWEN3, tmp_path, 1, frozen=("layers/nothing",))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -177,11 +177,11 @@ def test_each_process_writes_its_share(tmp_path, monkeypatch, full):
     params, real_write = make(QWEN3), publish._write
     monkeypatch.setattr(publish, "_FILE_BYTES", 20_000)
     monkeypatch.setattr(publish, "_process", lambda: (me.number, 2))
-    monkeypatch.setattr(publish, "_any_process", any_process)
+    monkeypatch.setattr(publish.processes, "any_of", any_process)
     monkeypatch.setattr(publish, "_write", write)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         results = [pool.submit(process, number) for number in range(2)]
-    if full:  # on one host: neither waits for the other for ever
+    if full:  # on one host: neither waits for the other forever
         for result in results:
             assert "rollout.weights_dir" in str(result.exception())
         assert not list(tmp_path.iterdir())
