@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +87,7 @@ def save_pretrained(
     writer = jax.process_index() == 0
     with replacing(target) if writer else contextlib.nullcontext(target) as folder:
         for number, shard in enumerate(shards):
-            fetched = (fetch(params, tensor, dtype) for tensor in shard)
+            fetched = (gather_to_host(params, tensor, dtype) for tensor in shard)
             arrays = (x.T if TABLE[t.path].transposed else x for t, x in zip(shard, fetched, strict=True))
             if writer:
                 shapes = {tensor.name: tensor.shape for tensor in shard}
@@ -99,19 +99,18 @@ def save_pretrained(
             write_configs(folder, model_config, dtype, shards, tokenizer_from=source, stop_ids=stop_ids)
 
 
-def plan(params: Params, itemsize: int, max_bytes: int, frozen: Collection[str] = ()) -> list[list[Tensor]]:
-    """The tensors of each file. A file holds about `max_bytes`, and either frozen or trained parameters."""
+def plan(params: Params, itemsize: int, max_bytes: int) -> list[list[Tensor]]:
+    """The tensors of each file, layer by layer; a file holds about `max_bytes`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [tensor for path, leaf in leaves for tensor in tensors_of(path_name(path), leaf.shape)]
     shards: list[list[Tensor]] = []
-    for part in ([t for t in tensors if t.path in frozen], [t for t in tensors if t.path not in frozen]):
-        size = math.inf
-        for tensor in sorted(part, key=lambda t: (t.layer is not None, t.layer or 0)):  # layer by layer
-            if size + tensor.size * itemsize > max_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(tensor)
-            size += tensor.size * itemsize
+    size = math.inf
+    for tensor in sorted(tensors, key=lambda t: (t.layer is not None, t.layer or 0)):
+        if size + tensor.size * itemsize > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size * itemsize
     return shards
 
 
@@ -158,24 +157,24 @@ def _with_stops(eos: int | list[int] | None, stop_ids: Sequence[int]) -> int | l
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def fetch(params: Params, tensor: Tensor, dtype: str) -> np.ndarray:
+def gather_to_host(params: Params, tensor: Tensor, dtype: str) -> np.ndarray:
     """One tensor on the host, in the layout of the parameter. All processes must call it."""
-    array = np.asarray(take(params, tensor, dtype))
+    array = np.asarray(gather_on_device(params, tensor, dtype))
     return array.view(jnp.bfloat16) if dtype == "bfloat16" else array
 
 
-def take(params: Params, tensor: Tensor, dtype: str, *, turned: bool = False) -> jax.Array:
+def gather_on_device(params: Params, tensor: Tensor, dtype: str, *, transposed: bool = False) -> jax.Array:
     """One tensor, replicated on its devices; bfloat16 as its bits in uint16. Returns before it is computed.
 
-    All processes must call it, in the same order. `turned`: in the layout of the file (see `Row.transposed`).
+    All processes must call it, in the same order. `transposed`: in the layout of the file (see `Row.transposed`).
     """
     value, whole = _parameter(params, tensor), None
     if isinstance(value, jax.Array) and isinstance(value.sharding, jax.sharding.NamedSharding):
         whole = jax.sharding.NamedSharding(value.sharding.mesh, jax.P())
-    return _taker(dtype, whole, turned and TABLE[tensor.path].transposed)(value, tensor.layer)
+    return _taker(dtype, whole, transposed and TABLE[tensor.path].transposed)(value, tensor.layer)
 
 
-def look(params: Params, tensor: Tensor) -> np.ndarray:
+def host_view(params: Params, tensor: Tensor) -> np.ndarray:
     """A view of one tensor in this host's memory, in its own dtype and the layout of the parameter; do not write."""
     value = np.asarray(_parameter(params, tensor))
     return value if tensor.layer is None else value[tensor.layer]

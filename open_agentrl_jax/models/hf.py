@@ -16,12 +16,9 @@ from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.export import (
     Tensor,
-    fetch,
-    look,
     rounded,
     save_pretrained,
     shard_name,
-    take,
     tensors_of,
     write_configs,
 )
@@ -35,14 +32,11 @@ __all__ = (
     "TOKENIZER_FILES",
     "Tensor",
     "describe",
-    "fetch",
     "load_pretrained",
-    "look",
     "resolve",
     "rounded",
     "save_pretrained",
     "shard_name",
-    "take",
     "tensors_of",
     "write_configs",
 )

@@ -201,11 +201,11 @@ def _gathered(params: qwen.Params, tensors: list[export.Tensor], *, to_host: boo
     are viewed without a copy; the writers round and transpose them piece by piece.
     """
     if _in_memory(params):
-        yield from (export.look(params, tensor) for tensor in tensors)
+        yield from (export.host_view(params, tensor) for tensor in tensors)
         return
     coming: collections.deque[jax.Array] = collections.deque()
     for tensor in tensors:
-        coming.append(export.take(params, tensor, _DTYPE, turned=True))
+        coming.append(export.gather_on_device(params, tensor, _DTYPE, transposed=True))
         if to_host:
             coming[-1].copy_to_host_async()
         if len(coming) > _AHEAD:
@@ -220,7 +220,10 @@ def _in_memory(params: qwen.Params) -> bool:
 
 
 def _write(
-    path: pathlib.Path, tensors: list[export.Tensor], arrays: Iterator[jax.Array | np.ndarray], writers: ThreadPoolExecutor
+    path: pathlib.Path,
+    tensors: list[export.Tensor],
+    arrays: Iterator[jax.Array | np.ndarray],
+    writers: ThreadPoolExecutor,
 ) -> None:
     """Writes one file in pieces with all writers at once."""
     head, size = header({tensor.name: tensor.shape for tensor in tensors}, _DTYPE)
