@@ -1,36 +1,44 @@
-"""Answers as values: LaTeX and plain numbers, tuples, intervals and sets of them, compared in exact arithmetic.
+"""Reads answers as values and compares them in exact arithmetic: numbers, tuples, intervals, sets, ratios, with units.
 
-What cannot be read here (roots, letters, unions, inequalities) is not guessed at: `compare` says None.
+`compare` returns None for what it cannot read (roots, letters, unions, inequalities); math-verify then decides. Why this
+exists beside math-verify: docs/graders.md, "What exact arithmetic adds".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from fractions import Fraction
 
-TOLERANCE = Fraction(1, 10**6)  # where a decimal stands for something else; two integers are compared exactly
-_SPOKEN = str.maketrans(
+TOLERANCE = Fraction(1, 10**6)  # of a decimal, relative and at most absolute; two integers compare exactly
+_CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−–—", "-"), **dict.fromkeys("×·", "*"), **dict.fromkeys("÷⁄", "/"), **dict.fromkeys("£€", ""),
         **dict.fromkeys("\u00a0\u202f\u2009", " "), "²": "^2", "³": "^3", "°": r"^\circ", "％": "%",
-        "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\leq ", "≥": r"\geq ", "∪": r"\cup ",
-        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "∪": r"\cup ",
+        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∅": r"\emptyset ", "、": ",", "。": ".",
     }
 )  # fmt: skip
 _MULTIPLES = {
     "hundred": "*10^2", "thousand": "*10^3", "million": "*10^6", "billion": "*10^9", "trillion": "*10^12",
-    "dozen": "*12",
+    "dozen": "*12", "百": "*10^2", "千": "*10^3", "万": "*10^4", "亿": "*10^8",
 }  # fmt: skip
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", " degrees "),
         (r"(?<=\d)(?:\{,\}|,\s?\\!)\s*(?=\d)", ","),
         (r"(?<=\d)(?:\\[,!;:]|~)(?=\d{3}(?!\d))", ","),
+        (r"\\(?:varnothing|O)(?![a-zA-Z])|\b(?:the )?empty set\b", r"\\emptyset"),
+        (r"\\(?:ldots|dots|cdots)(?![a-zA-Z])", "..."),
+        (r"\b([ap])\.m\b\.?", r"\1m"),
         (r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\([%$&#_])", r"\1"),
         (r"\\(?:cdot|times|ast)(?![a-zA-Z])|\*\*?(?=\s*10\b)", "*"),
@@ -49,7 +57,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\+\s*\\infty", r"\\infty"),
         (r"(?<=\d)\s+(?=\d+/\d)(\d+)/(\d+)", r"\\frac{\1}{\2}"),  # 5 1/2 is five and a half
         (r"(?<![_^\d.])(\d[\d.]*)\s+(?=\d)(?!\d{3}(?!\d))", r"\1, "),  # 5 6 are two numbers, 1 234 is one
-        *((rf"(?<=\d)\s+{word}s?\b", new) for word, new in _MULTIPLES.items()),
+        *((rf"(?<=\d)\s{'+' if word.isascii() else '*'}{word}s?(?![a-zA-Z])", new) for word, new in _MULTIPLES.items()),
+        (r"(?<=[\d)}\]%])\s*[\u4e00-\u9fff]+\s*$", ""),  # a unit or a counter in Chinese
     )
 )
 # A prediction that is still to be worked out: what the problem asks for, not what it is.
@@ -66,11 +75,11 @@ _UNITS = {
         "in inch inche", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "lb pound",
         "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year", "gallon",
         "ml milliliter", "L l liter litre", "dollar USD", "cent", "degree", "rad radian", "K kelvin", "J joule", "kJ",
-        "N newton", "W watt", "V volt", "Hz hertz", "mol mole",
+        "N newton", "W watt", "V volt", "Hz hertz", "mol mole", "am", "pm",
     )
     for name in names.split()
 }  # fmt: skip
-_WORD = r"[a-zA-Z]+(?:\^-?\d)?"
+_WORD = r"[a-zA-Z]+(?:\^\{?-?\d\}?)?"
 _UNIT = re.compile(rf"(?<=[\d.)\]}}%])(\s*){_WORD}(?:(?:\s*[/*]\s*|\s+){_WORD})*\s*$")
 _NO_UNIT = {"sin", "cos", "tan", "log", "exp", "mod", "and", "or", "to", "if", "for", "not"}
 _NAME = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))?\s*=\s*(?=[^=])")
@@ -82,12 +91,19 @@ _RATIO = re.compile(
 )
 _MIXED = re.compile(r"([+-]?)(\d+)\\frac\{(\d+)\}\{(\d+)\}")
 _SCIENTIFIC = re.compile(rf"({_NUMBER})(?:\*10\^\{{?|[eE])([+-]?\d{{1,3}})\}}?")
+_NAME_LAST = re.compile(r"([^=]*\d[^=]*)=\s*(\\?[a-zA-Z](?:_\w|_\{\w+\})?)\s*")
+_RATIO_OR_TIME = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+")
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\{?(\d+)\}?|\\dot\{?(\d)\}?(\d*)\\dot\{?(\d)\}?)")
+_ELLIPSIS = re.compile(r"([+-]?)(\d*)\.(\d*?)((\d+?)\5+)\.\.\.")
 _BRACKETS = {"(": ")", "[": "]", "\\{": "\\}"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A number, an infinity ("oo", "-oo"), or a list of values; `kind` of a list is its brackets, "" for none."""
+    """A number, an infinity ("oo", "-oo"), a division by zero ("zoo"), or a list of values.
+
+    `kind` of a list is its brackets, "" for none, ":" for a ratio or a time.
+    """
 
     number: Fraction | str | None = None
     percent: bool = False
@@ -96,14 +112,16 @@ class Value:
 
 
 def clean(text: str) -> str:
-    """The answer with one spelling for what is spelled in many ways; meaning is kept, units are still there."""
-    text = text.strip().replace("**", "", 2) if text.strip().startswith("**") else text.strip()
-    text = text.translate(_SPOKEN)
+    """The answer in one spelling; its meaning and its units are kept."""
+    text = text.strip().rstrip("\\ ")  # "42\\ " ends in a LaTeX space
+    text = text.replace("**", "", 2) if text.startswith("**") else text
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))  # full-width digits and punctuation
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = re.sub(r"\s+", " ", text).strip(" `")
     for _ in range(3):
-        text = text.strip(" ").removesuffix(".").removesuffix(",").removesuffix(";")
+        text = text.strip(" ")
+        text = text if text.endswith("...") else text.removesuffix(".").removesuffix(",").removesuffix(";")
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 text = text[len(left) : -len(right)]
@@ -111,15 +129,16 @@ def clean(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """The answer without its unit, and the unit in one spelling ("" for none or for one we do not know).
+    """The answer without its unit, and the unit in one spelling ("" for none or an unknown one), e.g. "m s^-2".
 
-    After a space any words of three letters and more are a unit ("18 eggs"), shorter ones only if known; what sticks to
-    the number is a unit only if known and not a single letter, which may be a variable.
+    After a space any words of three letters and more are a unit ("18 eggs"), shorter ones only if known. Without a space
+    only known units count, and no single letter, which may be a variable.
     """
     found = _UNIT.search(text)
     if not found:
         return text, ""
-    words = [w for w in re.findall(r"[a-zA-Z]+", found[0]) if not re.fullmatch(r"squared?|cubed?|cubic|per", w)]
+    factors = _factors(found[0])
+    words = [word for word, _ in factors]
     named = [_UNITS.get(w) or _UNITS.get(w.removesuffix("s")) for w in words]
     if found[1]:
         unit = all(name or len(w) > 2 for w, name in zip(words, named, strict=True)) and not _NO_UNIT & set(words)
@@ -127,13 +146,34 @@ def split_unit(text: str) -> tuple[str, str]:
         unit = all(name and len(w) > 1 for w, name in zip(words, named, strict=True))
     if not unit:
         return text, ""
+    powers: dict[str, int] = {}
+    for name, (_, power) in zip(named, factors, strict=True):
+        powers[str(name)] = powers.get(str(name), 0) + power
     known = bool(named) and all(named)
-    return text[: found.start()].strip(), "/".join(sorted(str(n) for n in named)) if known else ""
+    spelled = " ".join(f"{name}^{power}" for name, power in sorted(powers.items()) if power)
+    return text[: found.start()].strip(), spelled if known else ""
+
+
+def _factors(unit: str) -> list[tuple[str, int]]:
+    """(word, power) of each factor of a unit such as "m/s^2", "square feet" or "meters per second squared"."""
+    factors: list[tuple[str, int]] = []
+    sign, power = 1, 1
+    for word, exponent, slash in re.findall(r"([a-zA-Z]+)(?:\^\{?(-?\d)\}?)?|(/)", unit):
+        if slash or word == "per":
+            sign = -1
+        elif word in ("square", "sq", "cubic"):
+            power = 3 if word == "cubic" else 2
+        elif word in ("squared", "cubed") and factors:
+            factors[-1] = (factors[-1][0], factors[-1][1] * (3 if word == "cubed" else 2))
+        else:
+            factors.append((word, sign * power * int(exponent or 1)))
+            power = 1
+    return factors
 
 
 def compare(prediction: str, truth: str) -> bool | None:
-    """Whether two answers are equal; None where this module cannot tell."""
-    p, t = clean(prediction), clean(truth)
+    """Whether two answers are equal; None where this module cannot decide."""
+    p, t = (_name_first(clean(text)) for text in (prediction, truth))
     if not p or not t:
         return False
     if _squash(p) == _squash(t):
@@ -148,16 +188,24 @@ def compare(prediction: str, truth: str) -> bool | None:
         p, t = _same_name(p, t)
     read = [value(side.strip()) for side in p.split("=")]
     if len(read) > 1 and all(read) and not all(_equal(read[0], side) for side in read):
-        return False  # "5 = 6" is no way to say 6
+        return False  # "5 = 6" does not mean 6
     (p, p_unit), (t, t_unit) = split_unit(p), split_unit(t)
+    if p_unit and t_unit and p_unit != t_unit:
+        return False
     if _squash(p) == _squash(t) and p:
-        return not (p_unit and t_unit and p_unit != t_unit)
+        return True
     got, want = value(p), value(t)
     if got is None or want is None:
         return None
-    if p_unit and t_unit and p_unit != t_unit:
-        return None if isinstance(got.number, Fraction) else False
     return _equal(got, want) or _equal(value(p, thousands=False), value(t, thousands=False))
+
+
+def _name_first(text: str) -> str:
+    """"5 = x" as "x = 5"."""
+    found = _NAME_LAST.fullmatch(text)
+    if not found or re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", found[1])):
+        return text
+    return f"{found[2]} = {found[1].strip()}"
 
 
 def _unfinished(p: str, t: str) -> bool:
@@ -198,6 +246,10 @@ def value(text: str, *, thousands: bool = True) -> Value | None:
     """Reads a number or a list of numbers; None for anything else. `thousands` reads 1,234 as one number."""
     thousands = thousands and not re.search(r",\s", text)  # "1, 234" is a list
     text = re.sub(r"\s+", "", re.sub(r",?\s(?:and|or)\s", ",", text))
+    if text in ("\\emptyset", "\\{\\}"):
+        return Value(kind="\\{\\}")
+    if _RATIO_OR_TIME.fullmatch(text):
+        return Value(kind=":", items=tuple(Value(Fraction(part)) for part in text.split(":")))
     single = _scalar(text, thousands)
     if single is not None:
         return single
@@ -230,15 +282,35 @@ def _scalar(text: str, thousands: bool) -> Value | None:
     if _PLAIN.fullmatch(text):
         return Value(Fraction(text), percent)
     if m := _MIXED.fullmatch(text):
-        number = int(m[2]) + Fraction(int(m[3]), int(m[4])) if int(m[4]) else None
+        if not int(m[4]):
+            return Value("zoo")
+        number = int(m[2]) + Fraction(int(m[3]), int(m[4]))
     elif m := _RATIO.fullmatch(text):
         top, bottom = Fraction(m[2] or m[4]), Fraction(m[3] or m[5])
-        number = top / bottom if bottom else None
+        if not bottom:
+            return Value("zoo")
+        number = top / bottom
     elif m := _SCIENTIFIC.fullmatch(text):
         return Value(Fraction(m[1]) * Fraction(10) ** int(m[2]), percent)
+    elif (m := _REPEATING.fullmatch(text)) or (m := _ELLIPSIS.fullmatch(text)):
+        repeated = _repeated(m)
+        if repeated is None:
+            return None
+        number = Fraction(f"{m[2] or 0}.{m[3] or 0}") + repeated / 10 ** len(m[3])
     else:
         return None
-    return None if number is None else Value(-number if m[1] == "-" else number, percent)
+    return Value(-number if m[1] == "-" else number, percent)
+
+
+def _repeated(found: re.Match[str]) -> Fraction | None:
+    """The value of a repeating block that begins after the decimal point; None where too little of it is written."""
+    if found.re is _REPEATING:
+        block = found[4] or f"{found[5]}{found[6]}{found[7]}"
+    else:
+        block = found[5]
+        if len(block) == 1 and len(found[4]) < 3 and found[3]:
+            return None  # 3.1411... may go on in any way, 0.33... hardly
+    return Fraction(int(block), 10 ** len(block) - 1)
 
 
 def _closes(text: str, left: str, right: str) -> bool:
@@ -264,7 +336,13 @@ def _parts(text: str) -> list[str]:
 
 
 def _equal(got: Value | None, want: Value | None) -> bool:
-    if got is None or want is None or bool(got.items) != bool(want.items):
+    if got is None or want is None:
+        return False
+    if ":" in (got.kind, want.kind):
+        return _ratios(got, want)
+    if got.items and got.kind == "" and want.number is not None:
+        return all(_equal(item, want) for item in got.items)  # "3/4 or 0.75"
+    if bool(got.items) != bool(want.items):
         return False
     if not want.items:
         return _numbers(got, want)
@@ -280,6 +358,15 @@ def _equal(got: Value | None, want: Value | None) -> bool:
     ):
         return False
     return len(got.items) == len(want.items) and all(map(_equal, got.items, want.items))
+
+
+def _ratios(got: Value, want: Value) -> bool:
+    """Equality of ratios, of times, and of a ratio with its quotient."""
+    pairs = [[item.number for item in side.items] if side.kind == ":" else [side.number, Fraction(1)] for side in (got, want)]
+    a, b = ([x for x in numbers if isinstance(x, Fraction)] for numbers in pairs)
+    if a == b:
+        return True
+    return len(a) == len(b) and all((*a, *b)) and all(x * b[0] == y * a[0] for x, y in zip(a, b, strict=True))
 
 
 def _numbers(got: Value, want: Value) -> bool:

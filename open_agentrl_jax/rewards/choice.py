@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from open_agentrl_jax.rewards.math import grade as grade_math
+from open_agentrl_jax.reference import choice as published
 from open_agentrl_jax.rewards.math import last_box
 from open_agentrl_jax.types import Score
 
@@ -17,7 +17,7 @@ _LETTER = re.compile(
 _STATED = re.compile(
     r"\b(?i:answer|option|choice)\b(?:\s+(?:is|would\s+be|must\s+be))?[\s:*]*(?i:option\s+|choice\s+)?[\s*$]*(?:\\text\{)?[(\[]?(?!I\s+[a-z])([A-Z])\b(?!['’])",
 )
-# what follows a letter where several are given: a list of guesses is no answer
+# What follows a letter in a list of guesses, which is no answer.
 _MORE = r"(?:[\s()\[\].,:;/&|*=-]|\b(?:and|or)\b)"
 _GUESSES = re.compile(rf"{_MORE}+(?:[A-Ja-j]\b{_MORE}*)+")
 _OR_ANOTHER = re.compile(
@@ -30,20 +30,25 @@ def grade(text: str, ground_truth: str, *, mode: str = "robust") -> Score:
     """Grades the final message of a multiple-choice problem.
 
     Args:
-        text: the final message; thinking before `</think>` is left out in robust mode.
+        text: the final message; robust mode ignores thinking before `</think>`.
         ground_truth: the letter, as "A", "A." or "(A)".
-        mode: "robust" reads the letter of the last box, or where there is none the last "answer is X", or a message
-            that is nothing but a letter; "reference" compares the last box as a string, as rewards.math does.
+        mode: "robust" reads the letter of the last box; without a box, of the last "answer is X" or of a message that
+            is nothing but a letter. "reference": `reference.choice`.
 
     Returns:
         Score of +1 / -1, accuracy 1 / 0, and the letter read ("" where there is none); status "failed" where the right
-        answer itself holds no letter.
+        answer holds no letter.
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    if mode == "reference":
-        return grade_math(text, ground_truth, mode=mode)
-    if mode != "robust":
-        raise ValueError(f"choice grading mode {mode!r} is neither robust nor reference")
-    truth, prediction = letter(str(ground_truth)), extract(text)
+    if mode not in _GRADERS:
+        raise ValueError(f"choice grading mode {mode!r} must be one of {', '.join(_GRADERS)}")
+    return _GRADERS[mode](text, str(ground_truth))
+
+
+def _robust(text: str, ground_truth: str) -> Score:
+    truth, prediction = letter(ground_truth), extract(text)
     if not truth:
         log.warning("the right answer %r of a choice problem holds no letter", ground_truth)
         return Score(0.0, 0.0, prediction, "failed")
@@ -51,8 +56,11 @@ def grade(text: str, ground_truth: str, *, mode: str = "robust") -> Score:
     return Score(1.0 if right else -1.0, float(right), prediction)
 
 
+_GRADERS = {"robust": _robust, "reference": lambda text, truth: published.grade(text, [truth])}
+
+
 def extract(text: str) -> str:
-    """The letter that a final message gives, as a capital; "" where there is none."""
+    """The letter of a final message as a capital; "" where there is none."""
     body = text.rpartition("</think>")[2]
     boxed = last_box(body)
     if boxed is not None:

@@ -1,8 +1,9 @@
-"""Grades the answer of a mathematical problem: exact arithmetic first, math-verify in a killable worker after.
+"""Grades the answer of a mathematics problem: exact arithmetic first, then math-verify in a worker that can be killed.
 
-`robust` reads the last box anywhere in the final message (without one, an explicit "the answer is ...") and compares
-values. `reference` is what the reference code computes: the last box within the last 100 characters, as a string.
-Both score +1 for right and -1 for wrong; accuracy is 1 or 0. A grader that could not decide gives status "failed".
+The answer is the last box of the final message, wherever it stands; a message without a box must announce its answer
+("the answer is ..."). A box counts even where words after it state another answer, because the prompt requests a box and
+a rule that weighs words against it would reward hedging. Score +1 / -1, accuracy 1 / 0; status "failed" where no verdict
+was reached.
 """
 
 from __future__ import annotations
@@ -12,76 +13,83 @@ import functools
 import logging
 import re
 
+from open_agentrl_jax.reference import math as published
 from open_agentrl_jax.rewards import pool
 from open_agentrl_jax.rewards.answers import clean, compare, sides, split_unit, value
 from open_agentrl_jax.types import Score
 
 log = logging.getLogger(__name__)
-MAX_ANSWER = 2000  # characters: a longer box is no final answer, and is wrong unless it is the truth's very text
-MAX_DEPTH = 40  # nested brackets: a deeper answer would end the parser's stack, and no answer is that deep
+MAX_ANSWER = 2000  # characters: a longer box is no answer, unless it is the truth verbatim
+MAX_DEPTH = 40  # nested brackets: deeper ones exhaust the parser's stack, and no answer is that deep
+_TAIL = 4000  # characters at the end of a message in which an answer without a box is searched
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(
     r"(?:^|\n)\s*#{4}(?=\s*(?P<mark>[^\n]+))"
+    r"|(?:答案|结果)\s*(?:是|为|:|：|=)+\s*(?=(?P<chinese>[^\n]+))"
     r"|\b(?:final\s+answer|answer|result|solution)\b\**(?:\s*(?:is|:|=)[:\s*]*(?=(?P<said>[^\n]+))|\s*(?=(?P<shown>\$|\\[(\[])))",
     re.IGNORECASE,
 )
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_AFTERTHOUGHT = re.compile(r"\.(?:\s|$)|,?\s(?:because|since|which|where|when|so)\b", re.IGNORECASE)
+_AFTERTHOUGHT = re.compile(
+    r"\.(?:\s|$)|[。；;，]\s*(?:\D|$)|,?\s(?:because|since|which|where|when|so)\b", re.IGNORECASE
+)
+# Joins boxes to one list: "\boxed{1} and \boxed{2}", "x=\boxed{3} or x=\boxed{-1}".
+_AND = "(?:and|or|和|或者|或)"
+_JOINT = re.compile(rf"(?:[,;，；、]{_AND}?|{_AND})(?:[a-zA-Z](?:_\w|_\{{\w+\}})?=)?")
+# One side of an equation without unknowns.
 _NUMERIC = re.compile(
     r"(?:[\d\s.+*/^()!{}-]|\\(?:sqrt|frac|pi)(?![a-zA-Z]))*\d(?:[\d\s.+*/^()!{}-]|\\pi)*"
-)  # a side without unknowns
-_TAIL = 4000  # characters of the end of a message in which an answer without a box is looked for
+)
 
 
 def grade(text: str, ground_truth: str | list[str], *, mode: str = "robust") -> Score:
     """Grades the final message of an episode. Takes microseconds to 5 s: call it in a thread, not in an event loop.
 
     Args:
-        text: the final message, as the model wrote it; thinking before `</think>` is left out in robust mode.
+        text: the final message as the model wrote it; robust mode ignores thinking before `</think>`.
         ground_truth: the right answer, with or without its box; of a list, any one.
-        mode: "robust" | "reference".
+        mode: "robust" | "reference" (`reference.math`).
 
     Returns:
-        Score of +1 / -1, accuracy 1 / 0, and the prediction as it stood in the text ("" where there is none).
-        Where no verdict was reached: score and accuracy 0, status "failed".
+        Score of +1 / -1, accuracy 1 / 0, and the prediction as it stands in the text ("" where there is none). Without a
+        verdict: score and accuracy 0, status "failed".
+
+    Raises:
+        ValueError: an unknown mode.
     """
+    if mode not in _GRADERS:
+        raise ValueError(f"math grading mode {mode!r} must be one of {', '.join(_GRADERS)}")
     truths = [str(truth) for truth in (ground_truth if isinstance(ground_truth, list) else [ground_truth])]
-    reference = _reference(text, truths)
-    if mode == "reference":
-        return reference
-    if mode != "robust":
-        raise ValueError(f"math grading mode {mode!r} is neither robust nor reference")
-    robust = _robust(text, truths)
-    if robust.accuracy != reference.accuracy or robust.status == "failed":
-        log.info(
-            "math graders disagree: robust %s, reference %s, truth %r, prediction %r, text ends %r",
-            robust.status if robust.status == "failed" else robust.accuracy,
-            reference.accuracy,
-            truths[0][:200],
-            robust.prediction[:200],
-            text[-300:],
-        )
-    return robust
-
-
-def _reference(text: str, truths: list[str]) -> Score:
-    """The reference's rule, faults included: braces counted without regard to escapes, no normalisation at all."""
-    tail = text[-300:][-100:]
-    start = tail.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + 6, len(tail)) if start >= 0 else ():
-        depth += (tail[i] == "{") - (tail[i] == "}")
-        if depth == 0:
-            return _score(tail[start + 7 : i] in truths, tail[start + 7 : i])
-    return _score(False, "")
+    return _GRADERS[mode](text, truths)
 
 
 def _robust(text: str, truths: list[str]) -> Score:
+    score, reference = _compared(text, truths), published.grade(text, truths)
+    if score.accuracy != reference.accuracy or score.status == "failed":
+        log.info(
+            "math graders disagree: robust %s, reference %s, truth %r, prediction %r, text ends %r",
+            score.status if score.status == "failed" else score.accuracy,
+            reference.accuracy,
+            truths[0][:200],
+            score.prediction[:200],
+            text[-300:],
+        )
+    return score
+
+
+_GRADERS = {"robust": _robust, "reference": published.grade}
+
+
+def _compared(text: str, truths: list[str]) -> Score:
+    """The last box against each truth; boxes joined to a list count as the list, too."""
     prediction = extract(text)
     if prediction is None:
         return _score(False, "")
-    failed, together = False, chain(text.rpartition("</think>")[2])
-    for answer in [prediction] if together is None else [prediction, together]:
+    answers, failed = [prediction], False
+    if (together := chain(text.rpartition("</think>")[2])) is not None:
+        alternatives = re.search(r"\\boxed\{[^{}]*\}[\s$]*(?:\\text\{)?\s*(?:or|或)\b", text[-_TAIL:])
+        answers = [together] if alternatives else [prediction, together]  # "3 or 4" does not answer 4
+    for answer in answers:
         for truth in truths:
             boxed = chain(truth) or last_box(truth)
             try:
@@ -97,8 +105,11 @@ def _score(right: bool, prediction: str) -> Score:
 
 
 def extract(text: str) -> str | None:
-    """The answer that a final message gives: its last box; else the last "answer is X", "Answer: X" or "#### X"; else
-    the message itself where it is nothing but an answer. None where there is none."""
+    """The answer of a final message; None where there is none.
+
+    It is the last box; without one the last "answer is X", "Answer: X", "答案是 X" or "#### X"; else the message itself
+    where it is nothing but an answer.
+    """
     body = text.rpartition("</think>")[2]
     boxed = last_box(body)
     if boxed is not None:
@@ -112,7 +123,8 @@ def extract(text: str) -> str | None:
         rest = tail[stated.end() :].lstrip()
         if formula := _FORMULA.match(rest):
             return next(g for g in formula.groups() if g)
-        said = _AFTERTHOUGHT.split((stated["mark"] or stated["said"] or rest).strip(), maxsplit=1)[0].strip(" *")
+        said = stated["mark"] or stated["said"] or stated["chinese"] or rest
+        said = _AFTERTHOUGHT.split(said.strip(), maxsplit=1)[0].strip(" *")
         return said.rpartition(" is ")[2]
     bare = body.strip()
     if len(bare) <= MAX_ANSWER and (formula := _FORMULA.fullmatch(bare)):
@@ -123,16 +135,13 @@ def extract(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last closed \\boxed{} or \\fbox{}, escaped braces not counted; None where there is none."""
+    """The content of the last closed \\boxed{} or \\fbox{}; escaped braces do not count. None where there is none."""
     found = _boxes(text)
     return text[found[-1][1] : found[-1][2]] if found else None
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """(start, start of content, end of content) of each closed box, by start of content.
-
-    One pass, so that a megabyte of opened boxes takes no longer than a megabyte of anything else.
-    """
+    """(start, start of content, end of content) of each closed box, by start of content. One pass, in linear time."""
     found, open_braces = [], []
     for m in _BOX_OR_BRACE.finditer(text) if "box" in text else ():
         token = m[0]
@@ -146,12 +155,12 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def chain(text: str) -> str | None:
-    """The last boxes of `text` as one list where only commas, "and" or "or" part them; None for a single box."""
+    """The last boxes of `text` as one list where only commas, "and", "or" and names stand between; None for one box."""
     found = _boxes(text[-_TAIL:])
     tail, parts = text[-_TAIL:], []
     for (_, begin, end), (following, _, _) in zip(found[-2::-1], found[:0:-1], strict=False):
         between = re.sub(r"\\q?quad|\\text\w*|\\[()\[\]]|[\s${}]", "", tail[end:following])
-        if between not in (",", "and", "or", ",and", ",or"):
+        if not _JOINT.fullmatch(between):
             break
         parts.insert(0, tail[begin:end])
     return ", ".join([*parts, tail[found[-1][1] : found[-1][2]]]) if parts else None
@@ -171,7 +180,7 @@ def equivalent(prediction: str, truth: str) -> bool:
     return _equivalent(prediction, truth)
 
 
-@functools.lru_cache(maxsize=1 << 16)  # the n samples of a problem mostly give the same few answers
+@functools.lru_cache(maxsize=1 << 16)  # the samples of one problem mostly give the same few answers
 def _equivalent(prediction: str, truth: str) -> bool:
     verdict = compare(prediction, truth)
     if verdict is not None:
@@ -179,11 +188,11 @@ def _equivalent(prediction: str, truth: str) -> bool:
     *before, last = sides(clean(prediction))
     known = [side for side in before if _NUMERIC.fullmatch(side)] if "=" not in truth else []
     pair = (prediction, truth)
-    if _failures[pair] >= 2:  # once may be a busy machine; an answer that fails twice is not waited for again
+    if _failures[pair] >= 2:  # once may be a busy machine; a pair that failed twice is not tried again
         raise pool.WorkerFailed("failed twice before")
     try:
         if not all(pool.shared().ask(side, last) for side in known):
-            return False  # "\\sqrt{2} = 5" is no way to say 5
+            return False  # "\\sqrt{2} = 5" does not mean 5
         return pool.shared().ask(clean(prediction), clean(truth))
     except pool.WorkerFailed:
         _failures[pair] += 1
@@ -202,7 +211,7 @@ def _depth(text: str) -> int:
 
 
 def canonical(prediction: str) -> str:
-    """One spelling for answers that differ only in spelling: the key under which votes are counted."""
+    """One spelling for answers that differ only in spelling: the key of a majority vote."""
     text = split_unit(clean(prediction[:MAX_ANSWER]))[0]
     read = value(text) if _depth(text) <= MAX_DEPTH else None
     return "".join(text.split()) if read is None else repr(read)

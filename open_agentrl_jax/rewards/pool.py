@@ -1,8 +1,12 @@
-"""Math-verify in separate processes that can be killed.
+"""Runs math-verify in separate processes that can be killed.
 
-Its own time-outs need the main thread and cannot interrupt a long C call; one answer can take minutes or all memory.
-So each comparison runs in a worker with a memory limit; the parent waits at most `deadline` seconds, then kills it.
-A worker is a fresh interpreter (never a fork of this process), so it inherits no JAX, no threads and no locks.
+math-verify's own timeouts need the main thread and cannot interrupt a long C call; one answer can take minutes or all
+memory. Each comparison therefore runs in a worker with a memory limit, which the parent kills after `deadline` seconds.
+
+Why not pebble: its pools start workers through multiprocessing. `fork` copies a process that has JAX's threads and locks,
+and `spawn` imports the caller's main module again, and JAX with it (seconds and a GPU per worker). A worker here is a
+fresh interpreter that imports this module and nothing of the caller. pebble also has no memory limit, and counts the
+import of sympy against the first timeout.
 """
 
 from __future__ import annotations
@@ -31,11 +35,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class WorkerFailed(Exception):
-    """The worker gave no verdict: it ran out of time or memory, or it died. It says nothing about the answer."""
+    """The worker reached no verdict: it ran out of time or memory, or it died. This says nothing about the answer."""
 
 
 class Undecided(WorkerFailed):
-    """The comparison raised; the worker is well."""
+    """The comparison raised an exception; the worker can go on."""
 
 
 class _Worker:
@@ -48,7 +52,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the worker's
+            start_new_session=True,  # Ctrl-C in the terminal is handled by the parent
         )
         self.buffer = b""
         self.jobs = 0
@@ -96,9 +100,9 @@ class Pool:
     """Up to `workers` processes, each started when first needed. Safe to use from many threads.
 
     Args:
-        workers: processes at most; None is one a core, at most 4.
-        deadline: seconds for one comparison, waiting for a free worker and starting one not included.
-        entry: "module:function" that the workers run, on strings, for a truth value.
+        workers: most processes; None for one per core, at most 4.
+        deadline: seconds per comparison, without the wait for a free worker and its start.
+        entry: "module:function" that the workers call with strings; it returns a truth value.
     """
 
     def __init__(self, workers: int | None = None, deadline: float = DEADLINE, entry: str = f"{__name__}:math_verify"):
@@ -109,7 +113,7 @@ class Pool:
             self._free.put(None)
 
     def ask(self, *job: str) -> bool:
-        """Runs one comparison. Raises WorkerFailed where none was reached within the deadline."""
+        """Runs one comparison. Raises WorkerFailed where it reached no verdict within the deadline."""
         worker = self._free.get()
         try:
             if worker is None:
@@ -120,7 +124,7 @@ class Pool:
                 worker = None
             return answer
         except BaseException as e:
-            # an error inside sympy leaves the worker as it was; any other end leaves nothing to be trusted
+            # after an exception inside sympy the worker can go on; after anything else it cannot be trusted
             if worker is not None and not isinstance(e, Undecided):
                 worker.kill()
                 worker = None
@@ -147,7 +151,7 @@ _lock = threading.Lock()
 
 
 def shared() -> Pool:
-    """The pool of this process; made at the first call, and anew after a fork."""
+    """The pool of this process; created at the first call, and again after a fork."""
     global _shared
     with _lock:
         if _shared is None or _shared[0] != os.getpid():
@@ -157,17 +161,17 @@ def shared() -> Pool:
 
 
 def serve(answer: Callable[..., bool]) -> None:
-    """The worker's life: a JSON list a line in, a verdict (or a string: why there is none) a line out."""
+    """The worker's loop: reads one JSON list per line, writes one verdict per line (text where there is none)."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "wb", 0)
-    os.dup2(2, 1)  # nothing that a library prints can be taken for a verdict
+    os.dup2(2, 1)  # what a library prints is not mistaken for a verdict
     with contextlib.suppress(Exception):
-        answer("1", "2")  # imports and first use are not on the clock
+        answer("1", "2")  # imports and first use happen before the clock starts
     out.write(b"true\n")
     for line in sys.stdin.buffer:
         deadline, *job = json.loads(line)
-        # should the parent be gone, or too busy to kill us: the default action of SIGALRM ends even a loop inside C
+        # If the parent is gone or too busy, the default action of SIGALRM ends even a loop inside C.
         signal.setitimer(signal.ITIMER_REAL, deadline + 1)
         try:
             verdict: bool | str = bool(answer(*job))
@@ -178,15 +182,39 @@ def serve(answer: Callable[..., bool]) -> None:
 
 
 def math_verify(prediction: str, truth: str) -> bool:
-    """Whether math-verify takes the two LaTeX answers for equal. Runs in the worker only."""
+    """Whether math-verify finds two LaTeX answers equal, and exact numbers are not merely close. Runs in the worker."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    want, got = (
-        parse(f"\\boxed{{{answer}}}", config, parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
-        for answer in (truth, prediction)
-    )
-    return verify(want, got, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
+    want = parse(f"\\boxed{{{truth}}}", config, parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+    try:
+        got = parse(f"\\boxed{{{prediction}}}", config, parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+    except (ArithmeticError, TypeError, ValueError, AttributeError):
+        return False  # an answer that means nothing, such as a division by zero
+    equal = verify(want, got, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
+    return equal and not (want and got and _apart(got[0], want[0]))
+
+
+def _apart(got: Any, want: Any) -> bool:
+    """Whether two sympy objects are numbers, or hold numbers, that differ by more than the tolerance.
+
+    math-verify rounds to six decimals, for which 2^-98 equals 2^-99. Exact numbers must be equal; a decimal may be off by
+    1e-6, relative and at most absolute, as in `answers`.
+    """
+    import sympy
+
+    if isinstance(got, sympy.FiniteSet) and isinstance(want, sympy.FiniteSet):
+        return any(all(_apart(a, b) for b in want.args) for a in got.args)
+    if isinstance(got, sympy.Tuple | sympy.Interval) and type(got) is type(want) and len(got.args) == len(want.args):
+        return any(_apart(a, b) for a, b in zip(got.args, want.args, strict=True))
+    if not all(isinstance(x, sympy.Expr) and x.is_number for x in (got, want)):
+        return False
+    size, expected, difference = (abs(sympy.N(x, 30)) for x in (got, want, got - want))
+    if not all(x.is_Float or x.is_Integer for x in (size, expected, difference)):
+        return False
+    if got.has(sympy.Float) or want.has(sympy.Float):
+        return bool(difference > 1.000001e-6 * min(1, expected))
+    return bool(difference > 1e-25 * max(size, expected))
