@@ -44,23 +44,23 @@ def place_of(path: str) -> str:
     return place or BENCHMARKS[name].path if name in BENCHMARKS else path
 
 
-def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = True) -> TaskTable:
+def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = True, check: bool = True) -> TaskTable:
     """Reads the problems of a named set, or of a path.
 
     Args:
         path: a name of BENCHMARKS, `name=path`, or what read_tasks takes.
         format: as in read_tasks; a named set brings its own, which `auto` leaves to it.
-        tools: as in read_tasks.
+        tools, check: as in read_tasks.
 
     Raises:
         UserError: as read_tasks; or a set of which no row belongs.
     """
     name = path.partition("=")[0]
     if name not in BENCHMARKS:
-        return read_tasks(path, format=format, tools=tools)
+        return read_tasks(path, format=format, tools=tools, check=check)
     benchmark = BENCHMARKS[name]
     format = benchmark.format if format == "auto" else format
-    table = read_tasks(place_of(path), format=format, tools=tools, source=name)
+    table = read_tasks(place_of(path), format=format, tools=tools, source=name, check=check)
     kept = TaskTable((task for task in table if benchmark.keep(task)), table.skipped)
     if not kept:
         raise UserError(f"{path}: none of its {len(table)} problems belongs to {name}; give the file of this set")

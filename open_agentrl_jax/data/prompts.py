@@ -24,6 +24,8 @@ from open_agentrl_jax.data.conversations import from_chat
 from open_agentrl_jax.data.conversations import read_conversations as read_conversations
 from open_agentrl_jax.data.rows import BadRow, Table, decode, read_table, write_parquet
 from open_agentrl_jax.rewards.choice import letter
+from open_agentrl_jax.rewards.code_tests import read_literal
+from open_agentrl_jax.rewards.graders import check_truth
 from open_agentrl_jax.rewards.math import chain, last_box
 from open_agentrl_jax.types import Message, Task, UserError
 
@@ -112,7 +114,12 @@ Reader = Callable[[dict[str, Any]], Problem]  # of one row, its column names in 
 
 
 def read_tasks(
-    path: str | os.PathLike[str], *, format: str | Reader = "auto", tools: bool = True, source: str = ""
+    path: str | os.PathLike[str],
+    *,
+    format: str | Reader = "auto",
+    tools: bool = True,
+    source: str = "",
+    check: bool = True,
 ) -> TaskTable:
     """Reads the problems of a file, a folder or a Hub data set.
 
@@ -121,6 +128,7 @@ def read_tasks(
         format: "auto" reads each row by its own columns; a name of FORMATS, or a reader, reads all rows that way.
         tools: False leaves the sentence about the tool out of the prompts (tool-free evaluation).
         source: of rows that name none; empty: the name of their file.
+        check: refuse rows with an answer that their grader cannot grade; False for a grader of the user's own.
 
     Returns:
         The tasks, with `.skipped` naming each row that was not used. `extra` holds "problem" (the bare text), "grader"
@@ -144,6 +152,8 @@ def read_tasks(
             raise BadRow("no prompt")
         if _empty(problem.answer):
             raise BadRow("no answer")
+        if check and (reason := check_truth(template.grader, problem.answer)):
+            raise BadRow(f"no usable answer: {reason}")
         text = template.render(problem.text, tools=tools)
         messages = problem.messages or [Message("user", text)]
         label = f"{origin}/{problem.id or number}"
@@ -170,6 +180,8 @@ def write_tasks(path: str | os.PathLike[str], tasks: list[Task], columns: list[d
         prompt = [m.to_chat() for m in task.messages] if whole else [{"role": "user", "content": bare}]
         truth = task.answer if isinstance(task.answer, str) else json.dumps(task.answer, ensure_ascii=False)
         extra |= {"id": task.id, "verbatim": True} if whole else {"id": task.id}
+        if isinstance(task.answer, dict):
+            extra["tests_are_text"] = bool(extra.get("tests_are_text"))
         rows.append(
             {
                 "data_source": task.source,
@@ -315,8 +327,14 @@ def _verl(row: dict[str, Any]) -> Problem:
         raise BadRow("no answer: reward_model must be an object with ground_truth")
     extra = {k: v for k, v in extra.items() if v is not None} if isinstance(extra, dict) else {}
     answer, name, source = decode(reward.get("ground_truth")), "", _text(row.get("data_source"))
-    if isinstance(answer, dict):  # only the grader of code takes an object; null columns come from the parquet schema
-        answer, name = {k: v for k, v in answer.items() if v is not None}, "code"
+    if isinstance(answer, str) and answer.lstrip().startswith("{"):
+        answer = read_literal(answer)  # tests as a Python literal
+    if isinstance(answer, dict):  # null columns come from the parquet schema
+        answer = {k: v for k, v in answer.items() if v is not None}
+        if answer.keys() & {"inputs", "outputs", "assert_case", "test_code"}:
+            name = "code"
+            if isinstance(reward.get("ground_truth"), str) and extra.pop("tests_are_text", True):
+                extra["tests_are_text"] = True  # the published grader treats text and objects differently
     elif isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer):
         answer = answer[0] if len(answer) == 1 else answer  # several right answers: any one will do
     else:

@@ -1,7 +1,7 @@
 """Reads answers as values and compares them in exact arithmetic: numbers, tuples, intervals, sets, ratios, with units.
 
-`compare` returns None for what it cannot read (roots, letters, unions, inequalities); math-verify then decides. Why this
-exists beside math-verify: docs/graders.md, "What exact arithmetic adds".
+`compare` returns None for what it cannot read (roots, letters, unions, inequalities); math-verify then decides. The
+table in docs/graders.md, "What exact arithmetic adds", is why this exists beside math-verify.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def clean(text: str) -> str:
 def split_unit(text: str) -> tuple[str, str]:
     """The answer without its unit, and the unit in one spelling ("" for none or an unknown one), e.g. "m s^-2".
 
-    After a space any words of three letters and more are a unit ("18 eggs"), shorter ones only if known. Without a space
-    only known units count, and no single letter, which may be a variable.
+    After a space any words of three letters and more are a unit ("18 eggs"), shorter ones only if known. Without a
+    space only known units count, and no single letter, which may be a variable.
     """
     found = _UNIT.search(text)
     if not found:
@@ -201,7 +201,7 @@ def compare(prediction: str, truth: str) -> bool | None:
 
 
 def _name_first(text: str) -> str:
-    """"5 = x" as "x = 5"."""
+    """ "5 = x" as "x = 5"."""
     found = _NAME_LAST.fullmatch(text)
     if not found or re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", found[1])):
         return text
@@ -362,7 +362,9 @@ def _equal(got: Value | None, want: Value | None) -> bool:
 
 def _ratios(got: Value, want: Value) -> bool:
     """Equality of ratios, of times, and of a ratio with its quotient."""
-    pairs = [[item.number for item in side.items] if side.kind == ":" else [side.number, Fraction(1)] for side in (got, want)]
+    pairs = [
+        [item.number for item in side.items] if side.kind == ":" else [side.number, Fraction(1)] for side in (got, want)
+    ]
     a, b = ([x for x in numbers if isinstance(x, Fraction)] for numbers in pairs)
     if a == b:
         return True

@@ -8,6 +8,7 @@ code    a program, run on its tests     rewards.code, in the sandbox
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -27,7 +28,10 @@ async def _choice(task: Task, text: str, sandbox: Sandbox, mode: str) -> Score:
 
 
 async def _code(task: Task, text: str, sandbox: Sandbox, mode: str) -> Score:
-    return await code.grade(text, task.answer, sandbox=sandbox, mode=mode)
+    tests = task.answer
+    if mode == "reference" and task.extra.get("tests_are_text") and isinstance(tests, dict):
+        tests = json.dumps(tests)  # the published code treats tests that are text differently from an object
+    return await code.grade(text, tests, sandbox=sandbox, mode=mode)
 
 
 GRADERS: dict[str, Callable[[Task, str, Sandbox, str], Awaitable[Score]]] = {

@@ -1,9 +1,9 @@
 """Grades the answer of a mathematics problem: exact arithmetic first, then math-verify in a worker that can be killed.
 
 The answer is the last box of the final message, wherever it stands; a message without a box must announce its answer
-("the answer is ..."). A box counts even where words after it state another answer, because the prompt requests a box and
-a rule that weighs words against it would reward hedging. Score +1 / -1, accuracy 1 / 0; status "failed" where no verdict
-was reached.
+("the answer is ..."). A box counts even where words after it state another answer, because the prompt requests a box
+and a rule that weighs words against it would reward hedging. Score +1 / -1, accuracy 1 / 0; status "failed" where no
+verdict was reached.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ _AFTERTHOUGHT = re.compile(
 _AND = "(?:and|or|和|或者|或)"
 _JOINT = re.compile(rf"(?:[,;，；、]{_AND}?|{_AND})(?:[a-zA-Z](?:_\w|_\{{\w+\}})?=)?")
 # One side of an equation without unknowns.
-_NUMERIC = re.compile(
-    r"(?:[\d\s.+*/^()!{}-]|\\(?:sqrt|frac|pi)(?![a-zA-Z]))*\d(?:[\d\s.+*/^()!{}-]|\\pi)*"
-)
+_NUMERIC = re.compile(r"(?:[\d\s.+*/^()!{}-]|\\(?:sqrt|frac|pi)(?![a-zA-Z]))*\d(?:[\d\s.+*/^()!{}-]|\\pi)*")
 
 
 def grade(text: str, ground_truth: str | list[str], *, mode: str = "robust") -> Score:
@@ -51,8 +49,8 @@ def grade(text: str, ground_truth: str | list[str], *, mode: str = "robust") -> 
         mode: "robust" | "reference" (`reference.math`).
 
     Returns:
-        Score of +1 / -1, accuracy 1 / 0, and the prediction as it stands in the text ("" where there is none). Without a
-        verdict: score and accuracy 0, status "failed".
+        Score of +1 / -1, accuracy 1 / 0, and the prediction as it stands in the text ("" where there is none). Without
+        a verdict: score and accuracy 0, status "failed".
 
     Raises:
         ValueError: an unknown mode.

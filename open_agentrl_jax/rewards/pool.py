@@ -3,10 +3,10 @@
 math-verify's own timeouts need the main thread and cannot interrupt a long C call; one answer can take minutes or all
 memory. Each comparison therefore runs in a worker with a memory limit, which the parent kills after `deadline` seconds.
 
-Why not pebble: its pools start workers through multiprocessing. `fork` copies a process that has JAX's threads and locks,
-and `spawn` imports the caller's main module again, and JAX with it (seconds and a GPU per worker). A worker here is a
-fresh interpreter that imports this module and nothing of the caller. pebble also has no memory limit, and counts the
-import of sympy against the first timeout.
+Why not pebble: its pools start workers through multiprocessing. `fork` copies a process that has JAX's threads and
+locks, and `spawn` imports the caller's main module again, and JAX with it (seconds and a GPU per worker). A worker here
+is a fresh interpreter that imports this module and nothing of the caller. pebble also has no memory limit, and counts
+the import of sympy against the first timeout.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def math_verify(prediction: str, truth: str) -> bool:
 def _apart(got: Any, want: Any) -> bool:
     """Whether two sympy objects are numbers, or hold numbers, that differ by more than the tolerance.
 
-    math-verify rounds to six decimals, for which 2^-98 equals 2^-99. Exact numbers must be equal; a decimal may be off by
-    1e-6, relative and at most absolute, as in `answers`.
+    math-verify rounds to six decimals, for which 2^-98 equals 2^-99. Exact numbers must be equal; a decimal may be off
+    by 1e-6, relative and at most absolute, as in `answers`.
     """
     import sympy
 

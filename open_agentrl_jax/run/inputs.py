@@ -36,7 +36,7 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
     else:
         # The prompts speak of a Python tool, and of no other: what else may be called its schema tells.
         python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
-        how: dict[str, Any] = {"format": reader_of(config), "tools": python}
+        how: dict[str, Any] = {"format": reader_of(config), "tools": python, "check": not config.reward.grader}
         if config.data.data_dir:
             from open_agentrl_jax.data.builders import prepare_tasks  # imported late: TFDS takes a second
 

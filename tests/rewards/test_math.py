@@ -101,6 +101,39 @@ def test_boxes_joined_by_words_are_one_list_where_a_list_is_asked():
     assert grade(r"\boxed{1}. No! \boxed{2}", "1, 2").accuracy == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "truth", "right"),
+    [
+        ("答案是 5", "5", 1),
+        ("答案：5", "5", 1),
+        ("最终答案是：$\\frac{1}{2}$。", "0.5", 1),
+        ("所以答案为 12。", "12", 1),
+        ("答案是 12，因为 3 乘 4。", "12", 1),
+        ("答案是 1,234", "1234", 1),
+        (r"x=\boxed{3} or x=\boxed{-1}", "3, -1", 1),
+        (r"x=\boxed{3} or x=\boxed{-1}", "x=3 or x=-1", 1),
+        (r"x=\boxed{3} or x=\boxed{-1}", "-1", 0),
+        (r"$x_1 = \boxed{3}$, $x_2 = \boxed{-1}$", "-1, 3", 1),
+        (r"$x = \boxed{3}$ and $y = \boxed{-1}$", "3, -1", 1),
+        (r"\boxed{3} \text{ or } \boxed{-1}", "3,-1", 1),
+        (r"\boxed{3} 或 \boxed{-1}", "3,-1", 1),
+        (r"\boxed{3, -1}", r"\boxed{3} and \boxed{-1}", 1),
+        (r"\boxed{3, -1}", r"x=\boxed{3} or x=\boxed{-1}", 1),
+        (r"\boxed{3} is wrong, it is \boxed{4}", "4", 1),
+        (r"The answer is \boxed{5}. So the final answer is 6.", "5", 1),  # a box counts over words after it
+        (r"The answer is \boxed{5}. So the final answer is 6.", "6", 0),
+    ],
+)
+def test_joined_boxes_chinese_sentences_and_words_after_the_box(text, truth, right):
+    assert (grade(text, truth).accuracy, grade(text, truth).status) == (right, "graded")
+
+
+@pytest.mark.parametrize("truth", ["12:00", "1/0", "0.3\\overline{}", "\\frac{1}{0}"])
+def test_a_truth_with_a_zero_below_is_no_failure(truth):
+    assert grade(r"\boxed{5}", truth).status == "graded"
+    assert grade(rf"\boxed{{{truth}}}", truth).accuracy == 1
+
+
 def test_of_several_truths_any_one_will_do():
     assert grade(r"\boxed{0.5}", ["2", r"\frac{1}{2}"]).accuracy == 1
     assert grade(r"\boxed{0.4}", ["2", r"\frac{1}{2}"]).accuracy == 0
