@@ -18,6 +18,7 @@ CORE = [
     "ml-collections>=1.1,<2",
     "absl-py>=2.1,<3",
     "numpy>=2,<3",
+    "scipy>=1.15,<2",  # intervals; jax brings it, too
     "jaxtyping>=0.3,<0.4",
     "httpx>=0.27,<1",
     "etils[epath]>=1.10,<2",  # paths of buckets, for checkpoint.copy_to

@@ -11,6 +11,7 @@ from typing import Any
 
 from open_agentrl_jax.agent import episode, templates
 from open_agentrl_jax.agent.chat import Chat
+from open_agentrl_jax.agent.truncation import cut_middle
 from open_agentrl_jax.collect.endpoint import ChatEndpoint, MessagePolicy, Reply
 from open_agentrl_jax.collect.journal import Journal, RememberingEngine, digest, key_of, remembered
 from open_agentrl_jax.config import Config, to_dict
@@ -158,13 +159,6 @@ class Uncounted:
 CHARACTERS = 4  # per token, about; without a tokenizer, tool outputs are cut by characters
 
 
-def _shorten(text: str, characters: int) -> str:
-    half = characters // 2
-    if len(text) <= characters:
-        return text
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters cut from the middle ...]\n{text[-half:]}"
-
-
 def endpoint(spec: PlayerSpec) -> Teacher:
     """An OpenAI-compatible endpoint; the journal keeps each reply, those of unfinished episodes included."""
     config = spec.config
@@ -176,7 +170,7 @@ def endpoint(spec: PlayerSpec) -> Teacher:
         spec.url, spec.model, key=os.environ.get("OPENAI_API_KEY", ""), timeout=config.rollout.deadline
     )
     tools = spec.world.schemas
-    shorten = functools.partial(_shorten, characters=CHARACTERS * config.agent.max_tool_tokens)
+    shorten = functools.partial(cut_middle, characters=CHARACTERS * config.agent.max_tool_tokens)
     budget = episode.Budget(config.agent.max_turns, config.agent.max_response, config.agent.seconds)
 
     async def play(task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:

@@ -1,29 +1,30 @@
-"""Two evaluations of the same problems, side by side: a paired test and a bootstrap, both clustered by problem."""
+"""Compares two evaluations of the same problems: a paired test and a bootstrap, both clustered by problem."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-DRAWS = 10_000  # of the bootstrap
-FINEST = 200_000  # steps of the test's exact distribution
+DRAWS = 10_000  # bootstrap resamples
+FINEST = 200_000  # steps of the exact distribution of the test
 
 
 def paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     """Compares the accuracies of two runs problem by problem.
 
     Args:
-        a: problem id -> accuracy (mean of its graded samples) of the run that was first.
-        b: the same of the other run; only problems of both are compared.
+        a: problem id -> accuracy (mean of its graded samples) of the first run.
+        b: the same of the second run; only problems in both are compared.
 
     Returns:
         "problems"; "a", "b", the mean accuracies on them; "difference" b - a with its 95 % bootstrap interval "low",
-        "high" (problems drawn with replacement, always the same draws); "p_value" of the two-sided sign-flip test (the
-        chance of a difference at least as large if each problem's two results were swapped by a coin); and on how many
-        problems b is "better" and "worse".
+        "high" (problems drawn with replacement, with a fixed seed); "p_value" of the two-sided sign-flip test (the
+        chance of a difference at least as large if a coin swapped each problem's two results); and on how many problems
+        b is "better" and "worse".
 
     Raises:
         ValueError: no problem in common.
@@ -49,18 +50,23 @@ def paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
 
 def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of a mean over problems."""
-    x, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    chunk = max(1, 1_000_000 // len(x))
-    means = [x[rng.integers(0, len(x), (min(chunk, DRAWS - i), len(x)))].mean(1) for i in range(0, DRAWS, chunk)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+    from scipy import stats  # imported late: it takes a second
+
+    x = np.asarray(values, np.float64)
+    if len(x) < 2 or (x == x[0]).all():
+        return float(x[0]), float(x[0])
+    found = stats.bootstrap(
+        (x,), np.mean, n_resamples=DRAWS, method="percentile", batch=max(1, 1_000_000 // len(x)), rng=seed
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def sign_flip(difference: Sequence[float] | np.ndarray) -> float:
-    """P(|sum of +-d| >= |sum of d|) with fair independent signs: a convolution over whole steps, not draws.
+    """P(|sum of +-d| >= |sum of d|) with fair independent signs, by convolution over integer steps.
 
-    Differences of accuracies are fractions of small denominators, so the steps are exact, unless the denominators'
-    common multiple asks for more than FINEST steps in all; then they are rounded to that.
+    `scipy.stats.permutation_test` is exact for about 13 problems and draws at random beyond. Differences of accuracies
+    are fractions of small denominators, so that integer steps are exact; where their common multiple needs more than
+    FINEST steps in all, they are rounded to that.
     """
     d = np.abs(np.asarray(difference, np.float64))
     signed = np.asarray(difference, np.float64)
@@ -68,20 +74,18 @@ def sign_flip(difference: Sequence[float] | np.ndarray) -> float:
     steps = min(math.lcm(*denominators), max(1, FINEST // len(d)))
     units = np.rint(signed * steps).astype(int)
     total = int(np.abs(units).sum())
-    chances = np.zeros(2 * total + 1)  # of a sum from -total to total
+    chances = np.zeros(2 * total + 1)  # of each sum from -total to total
     chances[total] = 1.0
     for unit in np.abs(units[units != 0]):
-        chances = (np.roll(chances, unit) + np.roll(chances, -unit)) / 2  # what wraps around is zero
+        chances = (np.roll(chances, unit) + np.roll(chances, -unit)) / 2  # values that wrap around are zero
     observed = abs(int(units.sum()))
     sums = np.abs(np.arange(-total, total + 1))
     return float(min(1.0, chances[sums >= observed].sum()))
 
 
 def fraction(x: float, most: int = 5040) -> int:
-    """The smallest denominator up to `most` of a fraction that is x."""
-    n = np.arange(1, most + 1)
-    fits = np.abs(x * n - np.rint(x * n)) < 1e-9 * n
-    return int(n[fits][0]) if fits.any() else most
+    """The denominator, at most `most`, of the fraction nearest to x."""
+    return Fraction(float(x)).limit_denominator(most).denominator
 
 
 def accuracies(figures: Mapping[str, Any]) -> dict[str, float]:

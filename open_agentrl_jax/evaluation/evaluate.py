@@ -1,8 +1,9 @@
-"""What an evaluation says: accuracy with its intervals, and how the agent used its tool."""
+"""The figures of an evaluation: accuracy with intervals, and how the agent used its tool."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,44 +12,74 @@ import numpy as np
 from open_agentrl_jax.evaluation.metrics import summarize
 from open_agentrl_jax.types import Group, Trajectory
 
-DELIBERATIVE = 0.7  # share of tool calls that succeed above which a response counts as deliberative
-FEW_CALLS = 4  # and at most so many calls
+DELIBERATIVE = 0.7  # a deliberative response has more than this share of successful tool calls
+FEW_CALLS = 4  # and at most this many calls
 
 
 def report(groups: Sequence[Group]) -> dict[str, Any]:
-    """The figures of n samples of each problem.
+    """The figures of n samples per problem.
+
+    Args:
+        groups: one per row; rows that repeat a problem count as more samples of it (see `by_problem`).
 
     Returns:
-        "accuracy": see metrics.summarize; "tools": see tool_use; "episodes": how many, and how many the infrastructure
-        lost (those are no part of any figure).
+        "accuracy": see metrics.summarize, {} where nothing was graded. "tools": see tool_use. "episodes": "all",
+        "graded" and "aborted"; aborted ones enter no figure. "problems_and_rows": the numbers of both.
     """
-    accuracy = [[np.nan if t.aborted else t.accuracy for t in group.trajectories] for group in groups]
-    predictions = [[t.prediction for t in group.trajectories] for group in groups]
+    problems = by_problem(groups)
+    samples = max((len(group.trajectories) for group in problems), default=0)
+    accuracy = np.full((len(problems), samples), np.nan)
+    predictions = [[""] * samples for _ in problems]
+    for i, group in enumerate(problems):
+        for j, trajectory in enumerate(group.trajectories):
+            accuracy[i, j] = np.nan if trajectory.aborted else trajectory.accuracy
+            predictions[i][j] = trajectory.prediction
     everyone = [t for group in groups for t in group.trajectories]
     graded = [t for t in everyone if not t.aborted]
+    truths = [str(group.task.answer) for group in problems]
     return {
-        "accuracy": summarize(accuracy, predictions, [str(group.task.answer) for group in groups]),
+        "accuracy": summarize(accuracy, predictions, truths) if graded else {},
         "tools": tool_use(graded),
-        "episodes": {"all": len(everyone), "aborted": len(everyone) - len(graded)},
+        "episodes": {"all": len(everyone), "graded": len(graded), "aborted": len(everyone) - len(graded)},
+        "problems_and_rows": {"problems": len(problems), "rows": len(groups)},
     }
 
 
+def by_problem(groups: Sequence[Group]) -> list[Group]:
+    """One group per problem: rows with equal messages and answers are one problem, under the id of the first.
+
+    Some public sets repeat each problem 32 times. Counted as problems of their own, their samples would look
+    independent and the intervals would be too narrow.
+    """
+    merged: dict[Any, Group] = {}
+    for group in groups:
+        task = group.task
+        asked = tuple((message.role, message.content) for message in task.messages)
+        key = (asked, repr(task.answer)) if asked else task.id
+        if key in merged:
+            first = merged[key]
+            merged[key] = dataclasses.replace(first, trajectories=[*first.trajectories, *group.trajectories])
+        else:
+            merged[key] = group
+    return list(merged.values())
+
+
 def per_problem(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Each problem with the accuracy of its samples, null for one that was not graded: what a paired test needs."""
+    """Each problem with the accuracy of its samples, null for one that was not graded, as a paired test needs it."""
     return [
         {
             "id": group.task.id,
             "source": group.task.source,
             "accuracy": [None if t.aborted else t.accuracy for t in group.trajectories],
         }
-        for group in groups
+        for group in by_problem(groups)
     ]
 
 
 def livecodebench(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What LiveCodeBench's `custom_evaluator --custom_output_file` reads: the programs of each question.
+    """The programs of each question, in the format of LiveCodeBench's `custom_evaluator --custom_output_file`.
 
-    Questions are in the order of their ids; a sample without a program, or lost, has an empty one.
+    Questions are in the order of their ids; a sample without a program, or an aborted one, has an empty program.
     """
     asked = [g for g in groups if g.task.extra.get("question_id") and g.task.extra.get("grader") == "code"]
     rows = [
@@ -61,8 +92,8 @@ def livecodebench(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def tool_use(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """How a set of responses used the tool.
 
-    A response is "deliberative" where it makes at least one and at most FEW_CALLS calls of which more than DELIBERATIVE
-    succeed, "reactive" where it calls otherwise, "none" where it does not call.
+    A response is "deliberative" with one to FEW_CALLS calls of which more than DELIBERATIVE succeed, "none" without a
+    call, and "reactive" otherwise.
     """
 
     def mode(calls: float, succeeded: float) -> str:

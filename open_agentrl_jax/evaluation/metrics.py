@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
+from scipy import special
 
 from open_agentrl_jax.rewards.math import canonical
 
@@ -154,10 +155,9 @@ def interval(values: Sequence[float]) -> Interval:
     """
     x = np.asarray(values, np.float64)
     p, mean = len(x), float(x.mean())
-    z = 1.959964
-    effective = float(p)
+    z, effective = 1.959964, float(p)
     if p > 1:
-        z += (z**3 + z) / (4 * (p - 1)) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * (p - 1) ** 2)  # Student's quantile
+        z = float(special.stdtrit(p - 1, 0.975))  # Student's quantile
         variance = float(x.var(ddof=1)) / p
         effective = max(mean * (1 - mean) / variance, float(p)) if variance > 1e-12 else effective
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)

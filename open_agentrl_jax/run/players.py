@@ -12,6 +12,7 @@ from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.behaviour import BEHAVIOURS, Behaviour
 from open_agentrl_jax.config import Config
+from open_agentrl_jax.reference import python_tool as published
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.rollout.scheduler import EventLoop, Play, play_all
@@ -99,12 +100,6 @@ def play_through(
 
 def shortener(chat: Chat, max_tokens: int, behaviour: Behaviour) -> Callable[[str], str]:
     """Cuts a tool's output to its budget."""
-    characters = behaviour.tool_output_characters
-    if not characters:
-        return functools.partial(chat.shorten, max_tokens=max_tokens)
-
-    def cut(text: str) -> str:
-        half = characters // 2
-        return text if len(text) <= characters else f"{text[:half]}...(truncated)...{text[-half:]}"
-
-    return cut
+    if behaviour.tool_output_characters:
+        return functools.partial(published.shorten_output, characters=behaviour.tool_output_characters)
+    return functools.partial(chat.shorten, max_tokens=max_tokens)
