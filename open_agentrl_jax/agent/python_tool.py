@@ -1,13 +1,15 @@
-"""The Python tool: the model's code to the sandbox, and the answer in words that the model can act on."""
+"""The Python tool: runs the model's code in the sandbox and returns a text that the model can act on."""
 
 from __future__ import annotations
 
 import ast
 import re
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from open_agentrl_jax.agent.environment import ToolResult
+from open_agentrl_jax.reference import python_tool as published
 from open_agentrl_jax.sandbox.client import Result, Sandbox, Session
 from open_agentrl_jax.types import ToolCall
 
@@ -15,9 +17,8 @@ FENCE = re.compile(
     r"^[ \t]*+```[ \t]*+(?:python3?|py)?[ \t]*+\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)",
     re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
-FENCE_REFERENCE = re.compile(r"```python(.*?)```", re.DOTALL)
 SHOW = "__import__('sys').displayhook(("
-LIMIT = 262_144  # characters of code that are still parsed here; what is longer the sandbox parses alone
+LIMIT = 262_144  # characters of code that are parsed here; longer code runs as it is
 HEADER = "Traceback (most recent call last):\n"
 FRAME = re.compile(r'  File "([^"\n]*)", line \d+.*\n(?:    .*\n?)*')
 CELL = re.compile(r"<cell \d+>")
@@ -33,26 +34,26 @@ LOST = "The session ended with this call: its variables are gone, and the next c
 
 
 def prepare_code(code: str, *, mode: str = "robust") -> str:
-    """Makes a program of what the model wrote.
+    """Makes a program of the model's code.
 
     Args:
         code: the model's code, perhaps in Markdown fences.
-        mode: "robust": fences off, and the value of a last expression is printed as a notebook would, found by ast, so
-            that code which ran before still runs. "reference": the last line, whatever it is, becomes print(<line>).
+        mode: "robust" removes fences and prints the value of a last expression as a notebook does, by the syntax tree,
+            so that code that runs without it still runs. "reference": `reference.python_tool`.
 
     Returns:
         The program. Line numbers are those of the code inside the fences.
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    return _with_last_line_printed(code) if mode == "reference" else _with_last_value_shown(_without_fences(code))
+    if mode not in PREPARE:
+        raise ValueError(f"mode {mode!r} of prepare_code must be one of {', '.join(PREPARE)}")
+    return PREPARE[mode](code)
 
 
-def _with_last_line_printed(code: str) -> str:
-    fenced = FENCE_REFERENCE.search(code)
-    lines = (fenced[1].strip() if fenced else code).split("\n")
-    last = max((number for number, line in enumerate(lines) if line), default=None)
-    if last is not None and not lines[last].startswith("print"):
-        lines[last] = f"print({lines[last]})"
-    return "\n".join(lines)
+def _robust(code: str) -> str:
+    return _with_last_value_shown(_without_fences(code))
 
 
 def _parse(code: str) -> ast.Module | None:
@@ -82,7 +83,7 @@ def _with_last_value_shown(code: str) -> str:
     lines = [line.encode() for line in code.split("\n")]  # ast counts bytes
     start, end = last.lineno - 1, last.end_lineno - 1
     if end >= len(lines) or lines[end][last.end_col_offset :].lstrip().startswith(b";"):
-        return code  # a notebook, too, stays silent after a semicolon
+        return code  # a notebook prints nothing after a semicolon either
     lines[end] = lines[end][: last.end_col_offset] + b"))" + lines[end][last.end_col_offset :]
     lines[start] = lines[start][: last.col_offset] + SHOW.encode() + lines[start][last.col_offset :]
     shown = b"\n".join(lines).decode()
@@ -107,7 +108,7 @@ def _own_frames(text: str) -> str:
 
 
 def _unwrapped(frame: str) -> str:
-    """A frame as if `prepare_code` had not been there; the markers below its source would point elsewhere and go."""
+    """A frame without what `prepare_code` inserted, and without the markers below its source, which would be off."""
     if SHOW not in frame:
         return frame
     lines = [line for line in frame.split("\n") if line.isspace() or line.strip(" \t~^") or not line]
@@ -127,14 +128,18 @@ def _schema(state: str) -> dict[str, Any]:
     }
 
 
+PREPARE: dict[str, Callable[[str], str]] = {"robust": _robust, "reference": published.prepare_code}
+ERRORS: dict[str, Callable[[str], str]] = {"robust": shorten_tracebacks, "reference": str}
+
+
 class PythonTool:
     """A tool that runs the model's Python.
 
     Args:
         sandbox: where it runs; the caller closes it.
-        timeout: seconds a call.
-        memory_mb: MiB a call.
-        mode: of `prepare_code`; with "reference", tracebacks stay long too.
+        timeout: seconds per call.
+        memory_mb: MiB per call.
+        mode: of `prepare_code`; "reference" also leaves tracebacks long.
         persistent: keep variables across the calls of an episode, in one process that `release` ends. A call that runs
             over its time limit is interrupted and keeps them; one that does not end then loses them.
     """
@@ -172,7 +177,7 @@ class PythonTool:
             result, lost = await self._in_session(prepared, session)
         else:
             result, lost = await self.sandbox.run(prepared, timeout=self.timeout, memory_mb=self.memory_mb), False
-        answer = self._told(result)
+        answer = self._reply(result)
         if lost and answer.status != "infrastructure":
             answer.text += f"\n{LOST}"
         return answer
@@ -190,27 +195,27 @@ class PythonTool:
         if (ended := self._sessions.pop(session, None)) is not None:
             await ended.close()
 
-    def _told(self, result: Result) -> ToolResult:
+    def _reply(self, result: Result) -> ToolResult:
         if result.status == "infrastructure":
             return ToolResult("The tool could not be reached.", "infrastructure", result.seconds)
-        errors = result.stderr if self.mode == "reference" else shorten_tracebacks(result.stderr)
-        said = [text.rstrip("\n") for text in (result.stdout, errors) if text.strip()]
+        errors = ERRORS[self.mode](result.stderr)
+        parts = [text.rstrip("\n") for text in (result.stdout, errors) if text.strip()]
         code = result.return_code
         if result.status == "timeout":
-            said.append(
+            parts.append(
                 f"Stopped: the program ran longer than {self.timeout:g} seconds. Use a faster method or a smaller "
                 "case, and print what you have on the way."
             )
         elif result.status == "memory":
-            said.append(f"Stopped: the program needed more than {self.memory_mb} MiB of memory. Keep less at a time.")
+            parts.append(f"Stopped: the program needed more than {self.memory_mb} MiB of memory. Keep less at a time.")
         elif code is not None and code < 0:
-            said.append(f"Stopped by signal {_signal_name(-code)}.")
-        elif not said:
-            said.append(
+            parts.append(f"Stopped by signal {_signal_name(-code)}.")
+        elif not parts:
+            parts.append(
                 "It ended without output; use print(...) to see a value." if code == 0 else f"Exit code {code}."
             )
         good = result.status == "finished" and code == 0
-        return ToolResult("\n".join(said), "ok" if good else "error", result.seconds)
+        return ToolResult("\n".join(parts), "ok" if good else "error", result.seconds)
 
 
 def _signal_name(number: int) -> str:
