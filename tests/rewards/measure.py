@@ -1,10 +1,11 @@
 """The figures of docs/graders.md.
 
-python tests/rewards/measure.py                   speed, and both modes on the hand-checked answers
+python tests/rewards/measure.py                   both modes and math-verify alone on the hand-checked answers; speed
+python tests/rewards/measure.py FILE.jsonl        math-verify alone and ours on the answers of a file, in six spellings
 python tests/rewards/measure.py CLONE [--show]    the published tests, in a clone of github.com/huggingface/Math-Verify
 
-Of those tests it takes each parametrized (gold, prediction, expected); cases of strings to be picked by a letter (their
-own extraction setting) and of non-default strictness are left out, because our grader has no such settings.
+Of those tests it runs each parametrized (gold, prediction, expected), without strings to be picked by a letter (their
+own extraction setting) and non-default strictness, because our grader has no such settings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from open_agentrl_jax.rewards import math
+from open_agentrl_jax.rewards import math, pool
 from open_agentrl_jax.rewards.answers import compare
 from open_agentrl_jax.rewards.math import grade
 
@@ -48,7 +49,7 @@ def _load(file: Path):
 
 
 def published(clone: Path) -> None:
-    """Agreement with the published tests."""
+    """Prints the agreement with the published tests."""
     counts = {"agree": 0, "too strict": 0, "too lenient": 0, "failed": 0}
     all_cases, started = cases(clone), time.monotonic()
     for name, gold, prediction, expected in all_cases:
@@ -61,14 +62,45 @@ def published(clone: Path) -> None:
     print(f"{len(all_cases)} cases, {time.monotonic() - started:.1f} s, {counts}")
 
 
+def show_agreement(name: str, answers: list[tuple[str, str, bool]]) -> None:
+    """Prints how often exact arithmetic decides, and how often it and math-verify alone are right."""
+    counts = {"decided exactly": 0, "right there": 0, "math-verify right there": 0, "math-verify right in all": 0}
+    for prediction, truth, right in answers:
+        verdict = compare(prediction, truth)
+        try:
+            alone = pool.shared().ask(prediction, truth)
+        except pool.WorkerFailed:
+            alone = None
+        counts["math-verify right in all"] += alone == right
+        if verdict is not None:
+            counts["decided exactly"] += 1
+            counts["right there"] += verdict == right
+            counts["math-verify right there"] += alone == right
+    print(f"{name}: {len(answers)}; {counts}")
+
+
+def real_answers(file: Path, limit: int = 300) -> None:
+    """Prints the agreement on the answers of a data set, each in spellings that models use, right and wrong."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][:limit]
+    answers: list[tuple[str, str, bool]] = []
+    for row in rows:
+        truth = str(row["answer"]).rpartition("####")[2].strip().replace(",", "")
+        number = int(truth)
+        right = (truth, f"{number:,}", f"\\${number}", f"{number}.00", f"{number}\\text{{ units}}", f"x = {number}")
+        answers += [(spelled, truth, True) for spelled in right]
+        answers += [(spelled, truth, False) for spelled in (str(number + 1), f"{number}{number}", f"-{number + 1}")]
+    show_agreement(file.name, answers)
+
+
 def hand_checked() -> None:
-    """Agreement of both modes with the hand-checked answers, and answers a second with an empty cache."""
+    """Prints the agreement with the hand-checked answers, and answers per second with an empty cache."""
     file = Path(__file__).parent / "answers.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     texts = [(f"So \\boxed{{{r['prediction']}}}", r["truth"], r["right"]) for r in rows]
     for mode in ("robust", "reference"):
         right = sum(bool(grade(t, truth, mode=mode).accuracy) == expected for t, truth, expected in texts)
         print(f"{mode}: {right} of {len(texts)} hand-checked answers as checked")
+    show_agreement("hand-checked answers", [(r["prediction"], r["truth"], r["right"]) for r in rows])
     symbolic = [
         (t, truth) for (t, truth, _), r in zip(texts, rows, strict=True) if compare(r["prediction"], truth) is None
     ]
@@ -83,5 +115,10 @@ def hand_checked() -> None:
 
 
 if __name__ == "__main__":
-    clones = [Path(a).resolve() for a in sys.argv[1:] if not a.startswith("-")]
-    published(clones[0]) if clones else hand_checked()
+    given = [Path(a).resolve() for a in sys.argv[1:] if not a.startswith("-")]
+    if given and given[0].is_file():
+        real_answers(given[0])
+    elif given:
+        published(given[0])
+    else:
+        hand_checked()
