@@ -102,6 +102,7 @@ RUN_BY = (
     (r"launch\.compile", "tests/launch/test_compile.py"),
     (r"launch\.convert", "tests/launch/test_convert.py"),
     (r"launch\.curate", "tests/collect/test_curate.py"),
+    (r"launch\.doctor", "tests/run/test_doctor.py"),
     (r"launch\.evaluate", "tests/launch/test_evaluate.py"),
     (r"launch\.report", "tests/telemetry/test_report.py"),
     (r"launch\.sandbox", "tests/sandbox/test_server.py"),

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 
 # For a head_dim of 128 in bfloat16 on a GPU of compute capability 9.0. Chosen by what the compiler says of registers
-# and shared memory (docs/scaling.md), not by the clock.
+# and shared memory (docs/measurements.md), not by the clock.
 TILES = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 
 
