@@ -19,14 +19,8 @@ engine's own work on the host is in every figure.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
-import functools
-import json
-import os
-import pathlib
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.command import Parser
+from benchmarks import harness
 from open_agentrl_jax.models import int8, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import path_name
@@ -53,7 +47,7 @@ SQUARE = {"cpu": 2048}  # of the product that gives the matmul rate; elsewhere 8
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the device can do; each call measures once."""
+    """Rates of the device; each call measures once."""
 
     read: Callable[[], float]  # bytes/s
     multiply: Callable[[], float]  # operations/s
@@ -69,9 +63,7 @@ def open_machine(dtype: str, *, read_bytes: int = READ_BYTES, square: int = 0) -
     product = jax.jit(lambda x: x @ x)
 
     def seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        return time.perf_counter() - started
+        return harness.seconds(lambda: jax.block_until_ready(function(*arguments)))
 
     def read() -> float:
         return table.nbytes / min(seconds(total, table), seconds(vector, row, table))
@@ -188,45 +180,33 @@ def measure(
         )
     engine.close()
     rows = rows[1:]
-    line = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    line = harness.medians(rows)
     ratios = [row["of the bound"] for row in rows]
     spread = {"lowest of the bound": min(ratios), "highest of the bound": max(ratios)}
-    return {"batch": batch, "length": length, "GB a step": must / 1e9, **line, **spread}
+    return {"batch": batch, "length": length, "GB per step": must / 1e9, **line, **spread}
 
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
-    parser = Parser(prog="launch.benchmark decode", description=__doc__, formatter_class=formatter)
+    parser = harness.parser("decode", __doc__, rounds=5)
     parser.add_argument("--model", default="small", choices=MODELS, help="a shape; the weights are random")
-    parser.add_argument("--dtype", default="", help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", default="", help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--weights", default="same", choices=("same", "int8"), help="as rollout.weights")
-    parser.add_argument("--layers", type=int, default=0, help="so many instead of all")
-    parser.add_argument("--batches", default="1,8", help="requests at once")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers instead of all")
+    parser.add_argument("--batches", default="1,8", help="parallel requests")
     parser.add_argument("--lengths", default="128,1024", help="tokens in the cache")
-    parser.add_argument("--tokens", type=int, default=64, help="decoded a request and round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", default="", help="file for the medians, as JSON")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded per request and round")
     options = parser.parse_args(arguments)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = ModelConfig(**MODELS[options.model], compute_dtype=dtype)
     if options.layers:
         config = dataclasses.replace(config, num_layers=options.layers)
     params, machine = jax.block_until_ready(random_params(config)), open_machine(dtype)
-    device = {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
     read = weight_bytes(params, config, options.weights) / 1e9
-    print(f"{options.model}, {dtype}, {read:.3f} GB of weights a step; {device}")
-    lines = []
+    print(f"{options.model}, {dtype}, {read:.3f} GB of weights per step; {jax.devices()[0].device_kind}")
+    report = harness.Report("decode", arguments)
+    sizes: dict[str, Any] = {"tokens": options.tokens, "rounds": options.rounds, "weights": options.weights}
     for batch in map(int, options.batches.split(",")):
         for length in map(int, options.lengths.split(",")):
-            sizes: dict[str, Any] = {
-                "batch": batch,
-                "length": length,
-                "tokens": options.tokens,
-                "rounds": options.rounds,
-            }
-            lines.append(line := measure(params, config, machine, **sizes, weights=options.weights))
-            print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
-    if options.out:
-        text = json.dumps({"command": ["decode", *arguments], **device, "lines": lines}, indent=1)
-        pathlib.Path(options.out).write_text(text + "\n")
+            report.add(**measure(params, config, machine, batch=batch, length=length, **sizes))
+    report.save(options.out)

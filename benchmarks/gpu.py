@@ -1,19 +1,18 @@
-"""What an NVIDIA GPU does with this project: one command for the day there is one.
+"""Measure this project on an NVIDIA GPU, beside torch, with one command.
 
     python -m launch.benchmark gpu                                  # a GPU of 80 GB, all parts
     python -m launch.benchmark gpu --parts=attention,matmul --layers=8
 
-attention: forward and gradient of each backend on one packed row of agentic lengths, one after the other, round by
-  round, and how far it is from the same in float32 by the blockwise path; then torch's own kernel on the same row.
-matmul: the rate of a large bfloat16 product, the measure of all that follows.
-train: one update (SFT, float32 masters, AdamW, full rematerialisation) of the model's shape with random weights, here
-  and in transformers with every attention that torch has here, on the same sequences.
+attention: forward and gradient of each backend on one packed row of agentic lengths, and the distance of each from the
+  blockwise backend in float32; then torch's own kernel on the same row.
+matmul: the rate of a large bfloat16 product, the reference for everything else.
+train: one update (SFT, float32 master weights, AdamW, full rematerialisation) of the model's shape with random weights,
+  here and in transformers with every attention that torch offers here, on the same sequences.
 fits: one GRPO update of a row of --long tokens, and the peak of the device's memory.
 decode: python -m launch.benchmark decode, for the same shape.
 
-Each side is a process of its own with the whole card, one after the other: two do not fit beside each other. With
---layers=18 torch's float32 masters have room on a card of 80 GB, too. Figures are medians of --rounds after two rounds
-that are not counted.
+Each side is a process of its own with the whole card, one after the other: two do not fit together. With --layers=18
+torch's float32 master weights also fit on a card of 80 GB. Figures are medians of --rounds after two warm-up rounds.
 """
 
 from __future__ import annotations
@@ -22,33 +21,31 @@ import dataclasses
 import functools
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from launch.command import Parser, refuse
+from benchmarks import harness
+from launch.command import refuse
 from open_agentrl_jax.planning.shapes import SHAPES
 from open_agentrl_jax.types import UserError
 
-GIB = 2**30
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is measured, for every side the same."""
+    """The workload, equal for every side."""
 
     model: str = "qwen3_4b"
     layers: int = 0  # 0: all
     length: int = 16384  # tokens in a packed row
-    sequences: int = 12  # of an update
-    long: int = 23040  # of `fits`
+    sequences: int = 12  # per update
+    long: int = 23040  # tokens per row of `fits`
     rounds: int = 5
 
     @property
@@ -69,17 +66,6 @@ class Work:
     def useful(self) -> int:
         """Tokens that an update trains on."""
         return sum(len(row) - 1 for row in self.rows)
-
-
-def middle(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Median seconds of `run` and its spread."""
-    seconds = []
-    for _ in range(rounds + 2):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    kept = seconds[2:]
-    return {"seconds": statistics.median(kept), "lowest": min(kept), "highest": max(kept)}
 
 
 def one_row(work: Work) -> Any:
@@ -145,7 +131,7 @@ def attention_part(work: Work, *, small: bool = False) -> list[dict[str, Any]]:
         try:
             run = both(compute, half)
             error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(run(), wanted, strict=True))
-            row = middle(run, work.rounds)
+            row = harness.timed(run, work.rounds)
             found.append({"side": name, **row, "tflops": flops / row["seconds"] / 1e12, "error": error})
         except Exception as fault:  # a kernel that does not compile or run is a finding, not the end
             found.append({"side": name, "failed": " ".join(str(fault).split())[:300]})
@@ -163,7 +149,7 @@ def matmul_part(work: Work, *, size: int = 8192) -> list[dict[str, Any]]:
     for name, (m, k, n) in sizes.items():
         a, b = (jax.random.normal(jax.random.key(0), s, jnp.bfloat16) for s in ((m, k), (k, n)))
         # Ten at a time: a launch from Python takes as long as a small product.
-        row = middle(lambda a=a, b=b: jax.block_until_ready([multiply(a, b) for _ in range(10)]), work.rounds)
+        row = harness.timed(lambda a=a, b=b: jax.block_until_ready([multiply(a, b) for _ in range(10)]), work.rounds)
         found.append({"side": name, **row, "tflops": 10 * 2.0 * m * k * n / row["seconds"] / 1e12})
     return found
 
@@ -209,7 +195,7 @@ def _peak() -> float:
     """GiB that this process has held on the device at most; 0 where the device does not tell."""
     import jax
 
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / GIB
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / harness.GIB
 
 
 def train_part(work: Work) -> list[dict[str, Any]]:
@@ -229,7 +215,7 @@ def train_part(work: Work) -> list[dict[str, Any]]:
     def run() -> None:
         holder[0], _ = jax.block_until_ready(step(holder[0], batch, jax.numpy.int32(used)))
 
-    row = middle(run, work.rounds)
+    row = harness.timed(run, work.rounds)
     return [{"side": "ours", **row, "tokens/s": work.useful / row["seconds"], "GiB": _peak(), "rows": used}]
 
 
@@ -260,39 +246,14 @@ PARTS: dict[str, Callable[[Work], list[dict[str, Any]]]] = {
 TORCH = {"attention": ("varlen",), "train": ("varlen", "flash_attention_2", "sdpa")}
 
 
-def in_process(module: str, arguments: list[str], work: Work) -> list[dict[str, Any]]:
-    """The rows that a process prints as its last line; one that says why where it fails."""
-    # Three quarters of the memory is JAX's default, and too little here.
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--worker", *arguments, json.dumps(dataclasses.asdict(work))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it ended without a word"]
-        faults = [
-            line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)
-        ] or said  # JAX says more after it
-        return [{"side": f"{module.rpartition('_')[2]} {arguments[-1]}", "failed": faults[-1][:300]}]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(part: str, rows: list[dict[str, Any]], rate: float, work: Work) -> str:
-    """The rows of a part as text, with the share of the measured matmul rate where operations are known."""
-    lines = []
+def measured(part: str, rows: list[dict[str, Any]], rate: float, work: Work) -> Iterator[dict[str, Any]]:
+    """The rows of a part, with their share of the measured matmul rate where the operations are known."""
     for row in rows:
-        if "failed" in row:
-            lines.append(f"{part:10} {row['side']:26} failed: {row['failed']}")
-            continue
-        rest = "".join(f"  {k} {v:.4g}" for k, v in row.items() if k not in ("side", "seconds", "lowest", "highest"))
-        spread = f" ({row['lowest']:.4f} to {row['highest']:.4f})" if "lowest" in row else ""
-        done = row["tflops"] * 1e12 if "tflops" in row else model_flops(work) / row["seconds"] if part == "train" else 0
-        share = f"  {done / rate:.1%} of the matmul rate" if rate and done and part != "matmul" else ""
-        lines.append(f"{part:10} {row['side']:26} {row['seconds']:.4f} s{spread}{rest}{share}")
-    return "\n".join(lines)
+        done = row["tflops"] * 1e12 if "tflops" in row else 0.0
+        if part == "train" and "seconds" in row:
+            done = model_flops(work) / row["seconds"]
+        share = {"of matmul rate": done / rate} if rate and done and part != "matmul" else {}
+        yield {"part": part, **row, **share}
 
 
 def card() -> str:
@@ -310,27 +271,27 @@ def card() -> str:
     return name
 
 
-def measure(parts: list[str], work: Work) -> Mapping[str, list[dict[str, Any]]]:
-    """Runs the parts and prints each as it is done."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    rate = 0.0
-    for part in sorted(parts, key=lambda name: name != "matmul"):  # it first: the others are told by it
-        rows = in_process("benchmarks.gpu", [part], work)
-        for side in TORCH.get(part, ()):
-            rows += in_process("benchmarks.gpu_torch", [part, side], work)
+def measure(parts: list[str], work: Work, report: harness.Report) -> None:
+    """Runs the parts, each side in a process of its own, and reports each as it is done."""
+    rate, given = 0.0, json.dumps(dataclasses.asdict(work))
+    environment = {MEMORY: os.environ.get(MEMORY, "0.95")}  # JAX's default of three quarters is too little
+    for part in sorted(parts, key=lambda name: name != "matmul"):  # first: the others are relative to it
+        sides = [("benchmarks.gpu", [part]), *(("benchmarks.gpu_torch", [part, side]) for side in TORCH.get(part, ()))]
+        rows = []
+        for module, arguments in sides:
+            rows += harness.in_process(module, [*arguments, given], environment=environment)
         rate = rate or max((row["tflops"] * 1e12 for row in rows if part == "matmul" and "tflops" in row), default=0.0)
-        print(table(part, rows, rate, work), flush=True)
-        found[part] = rows
-    return found
+        for row in measured(part, rows, rate, work):
+            report.add(**row)
 
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = Parser(prog="launch.benchmark gpu")
+    parser = harness.parser("gpu", __doc__, rounds=5)
     parser.add_argument("--parts", default=",".join([*PARTS, "decode"]))
-    parser.add_argument("--out", default="", help="also write the numbers to this file, as JSON")
     for field in dataclasses.fields(Work):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        if field.name != "rounds":
+            parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     options = vars(parser.parse_args(arguments))
     parts, out = options.pop("parts").split(","), options.pop("out")
     try:
@@ -341,15 +302,13 @@ def main(arguments: list[str]) -> None:
         print(card())
     except UserError as error:
         refuse(str(error))
-    work = Work(**options)
-    found = measure([part for part in parts if part != "decode"], work)
-    if out:
-        Path(out).write_text(json.dumps({"work": dataclasses.asdict(work), **found}))
+    work, report = Work(**options), harness.Report("gpu", arguments)
+    measure([part for part in parts if part != "decode"], work, report)
+    report.save(out)
     if "decode" in parts:
         sizes = ["--batches=1,16,64", "--lengths=512,4096"] + ([f"--layers={work.layers}"] if work.layers else [])
-        subprocess.run(
-            [sys.executable, "-m", "launch.benchmark", "decode", f"--model={work.model}", *sizes], check=False
-        )
+        command = [sys.executable, "-m", "launch.benchmark", "decode", f"--model={work.model}", *sizes]
+        subprocess.run(command, check=False)
 
 
 if __name__ == "__main__":

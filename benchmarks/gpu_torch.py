@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import GIB, Work, attention_flops, middle, one_row
+from benchmarks.gpu import Work, attention_flops, one_row
+from benchmarks.harness import GIB, timed
 
 CHUNK = 1024  # tokens of the head at once
 
@@ -57,7 +58,7 @@ def attention_part(work: Work, side: str) -> list[dict[str, Any]]:
         (varlen(q, k, v, ends, int(sizes.max())) * weight).sum().backward()
         _wait()
 
-    row = middle(run, work.rounds)
+    row = timed(run, work.rounds)
     return [{"side": f"torch {side}", **row, "tflops": attention_flops(segments, work) / row["seconds"] / 1e12}]
 
 
@@ -141,7 +142,7 @@ def train_part(work: Work, side: str) -> list[dict[str, Any]]:
         optimizer.step()
         _wait()
 
-    row = middle(run, work.rounds)
+    row = timed(run, work.rounds)
     peak = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else 0.0
     return [{"side": f"torch {side}", **row, "tokens/s": total / row["seconds"], "GiB": peak, "rows": len(rows)}]
 

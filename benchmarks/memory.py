@@ -2,23 +2,22 @@
 
     python -m launch.benchmark memory
 
-Bytes are those of the compiled program at 4,096 tokens, a vocabulary of 151,936 and width 1,024 in float32, nothing is
-run; "naive" holds all logits at once. Time is measured on fewer tokens, all sides in one process, round by round.
-`--tensor=2` splits the vocabulary over two devices, parts of the same processor; bytes are those of one of them.
+Bytes are those of the compiled program at 4,096 tokens, a vocabulary of 151,936 and width 1,024 in float32; "naive"
+holds all logits at once. Time is measured on fewer tokens; --rounds=0 skips it. `--tensor=2` splits the vocabulary over
+two devices, parts of the same processor; bytes are then those of one device.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from launch.command import Parser
+from benchmarks import harness
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import P
@@ -48,15 +47,15 @@ def compiled(head: Callable[..., Any], tokens: int, vocab: int, width: int) -> A
 
 
 def layout() -> tuple[jax.NamedSharding | None, ...]:
-    """How hidden states, head and targets lie on the mesh that is set: the vocabulary over `tensor`."""
+    """Shardings of hidden states, head and targets on the current mesh: the vocabulary over `tensor`."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return None, None, None
     return tuple(jax.NamedSharding(mesh, spec) for spec in (P(), P(None, "tensor"), P()))
 
 
-def seconds(programs: dict[str, Any], tokens: int, vocab: int, width: int, rounds: int) -> dict[str, float]:
-    """Each program's median over rounds in which every one has its turn; one round before is not counted."""
+def timed(programs: dict[str, Any], tokens: int, vocab: int, width: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each program on random arguments."""
     keys = jax.random.split(jax.random.key(0), 3)
     values = (
         jax.random.normal(keys[0], (1, tokens, width)),
@@ -64,24 +63,22 @@ def seconds(programs: dict[str, Any], tokens: int, vocab: int, width: int, round
         jax.random.randint(keys[2], (1, tokens), 0, vocab),
     )
     arguments = [jax.device_put(x, lies) for x, lies in zip(values, layout(), strict=True)]
-    took: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            took[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in took.items()}
+
+    def side(program: Any) -> float:
+        return harness.seconds(lambda: jax.block_until_ready(program(*arguments)))
+
+    sides = {name: functools.partial(side, program) for name, program in programs.items()}
+    return {name: statistics.median(values) for name, values in harness.in_turn(sides, rounds).items()}
 
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = Parser(prog="launch.benchmark memory")
+    parser = harness.parser("memory", __doc__, rounds=3)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--chunks", default="256,512,1024")
-    parser.add_argument("--timed_tokens", type=int, default=1024, help="naive takes 3 MB of host memory a token")
-    parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
+    parser.add_argument("--timed_tokens", type=int, default=1024, help="naive takes 3 MB of host memory per token")
     parser.add_argument("--tensor", type=int, default=1, help="devices that the vocabulary is split over")
     options = parser.parse_args(arguments)
     if options.tensor > 1:
@@ -90,13 +87,13 @@ def main(arguments: list[str]) -> None:
     sides: dict[str, Callable[..., Any]] = {"naive": naive}
     for chunk in options.chunks.split(","):
         sides[f"chunk {chunk}"] = functools.partial(token_logprobs, chunk=int(chunk))
-    shape = options.vocab, options.width
-    memory = {name: compiled(head, options.tokens, *shape).memory_analysis() for name, head in sides.items()}
-    print(f"{'head':10} {'temporaries, GB':>16} {'seconds':>9} {'of naive':>9}")
-    for name in sides:
-        print(f"{name:10} {memory[name].temp_size_in_bytes / 1e9:16.2f}", flush=True)
+    shape, report = (options.vocab, options.width), harness.Report("memory", arguments)
+    for name, head in sides.items():
+        memory = compiled(head, options.tokens, *shape).memory_analysis()
+        report.add(head=name, **{"temporaries GB": memory.temp_size_in_bytes / 1e9})
     if options.rounds:
-        timed = {name: compiled(head, options.timed_tokens, *shape) for name, head in sides.items()}
-        took = seconds(timed, options.timed_tokens, *shape, options.rounds)
+        programs = {name: compiled(head, options.timed_tokens, *shape) for name, head in sides.items()}
+        took = timed(programs, options.timed_tokens, *shape, options.rounds)
         for name in sides:
-            print(f"{name:10} {'':16} {took[name]:9.2f} {took[name] / took['naive']:9.2f}", flush=True)
+            report.add(head=name, seconds=took[name], **{"of naive": took[name] / took["naive"]})
+    report.save(options.out)

@@ -1,11 +1,10 @@
-"""How the cost of an update grows: seconds and bytes a device, against one thing at a time.
+"""How the cost of an update grows: seconds and bytes per device, against one variable at a time.
 
     python -m launch.benchmark scaling --picture=docs/scaling.svg
 
-The model is that of `launch.benchmark train` (Qwen3, 4 layers, width 128, vocabulary 512, float32) with full
-rematerialisation; the base is 8 rows of 512 tokens, one sequence a row, on one device. Devices are fake ones, parts of
-the same processor: their number changes the bytes of each and what travels, not how fast the machine is. Bytes are
-those of the compiled program: state and batch, and XLA's temporaries.
+The model is that of `launch.benchmark train` with full rematerialisation; the base is 8 rows of 512 tokens, one
+sequence per row, on one device. Devices are fake, parts of one processor: they show bytes and collectives, not speed.
+Bytes are those of the compiled program: state and batch, and XLA's temporaries.
 """
 
 from __future__ import annotations
@@ -13,29 +12,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from launch.command import Parser
+from benchmarks import harness
 
-FAKE = 8  # devices there are
+FAKE = 8  # fake devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One update that is measured."""
+    """One measured update."""
 
-    length: int = 512  # tokens of a row, all of one sequence
+    length: int = 512  # tokens per row, all of one sequence
     rows: int = 8
     fsdp: int = 1
     width: int = 128  # of the model; 3 times as many hidden units
 
 
 SWEEPS = {
-    "length": ("tokens of a row, 1 row", [Point(length=n, rows=1) for n in (512, 1024, 2048, 4096, 8192)]),
+    "length": ("tokens per row, 1 row", [Point(length=n, rows=1) for n in (512, 1024, 2048, 4096, 8192)]),
     "rows": ("rows of 512 tokens", [Point(rows=n) for n in (1, 2, 4, 8, 16)]),
     "fsdp": ("devices, 8 rows of 512 in all", [Point(fsdp=n) for n in (1, 2, 4, 8)]),
     "width": ("width of the model, 8 rows of 512", [Point(width=n) for n in (64, 128, 256, 512)]),
@@ -44,11 +41,11 @@ SWEEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an update takes."""
+    """Cost of one update."""
 
     seconds: float  # median
-    arguments: int  # bytes a device
-    temporary: int  # bytes a device
+    arguments: int  # bytes per device
+    temporary: int  # bytes per device
 
     @property
     def bytes(self) -> int:
@@ -81,21 +78,22 @@ def measure(point: Point, rounds: int) -> Cost:
         state = jax.jit(lambda p: states.create(p, optimizer))(qwen.init(model, 0, mesh))
         arguments = placer(mesh)(batch), jax.device_put(np.int32(used), jax.NamedSharding(mesh, P()))
         program = make_step(model, optimizer, likelihood).lower(state, *arguments).compile()
-        took = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            state, _ = jax.block_until_ready(program(state, *arguments))
-            took.append(time.perf_counter() - started)
+        holder = [state]
+
+        def run() -> None:
+            holder[0], _ = jax.block_until_ready(program(holder[0], *arguments))
+
+        took = harness.timed(run, rounds, warmup=1)["seconds"]
     memory = program.memory_analysis()
-    return Cost(statistics.median(took[1:]), memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    return Cost(took, memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 
 
 def picture(sweeps: dict[str, tuple[str, list[int], list[Cost]]]) -> str:
-    """One panel a sweep, both axes logarithmic: seconds and bytes a device, each against its first point (SVG)."""
+    """One panel per sweep, both axes logarithmic: seconds and bytes per device, each against its first point (SVG)."""
     wide, high, edge = 300, 210, 36
     parts = []
     for i, (title, places, costs) in enumerate(sweeps.values()):
-        series = {"seconds": [c.seconds for c in costs], "bytes a device": [c.bytes for c in costs]}
+        series = {"seconds": [c.seconds for c in costs], "bytes per device": [c.bytes for c in costs]}
         relative = {name: [value / values[0] for value in values] for name, values in series.items()}
         low = math.log2(min(min(values) for values in relative.values()))
         span = math.log2(max(max(values) for values in relative.values())) - low or 1.0
@@ -125,15 +123,13 @@ def picture(sweeps: dict[str, tuple[str, list[int], list[Cost]]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = Parser(prog="launch.benchmark scaling")
+    parser = harness.parser("scaling", __doc__, rounds=3)
     parser.add_argument("--sweeps", default=",".join(SWEEPS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--picture", default="", help="also draw it: an SVG file")
+    parser.add_argument("--picture", default="", help="also draw the sweeps into this SVG file")
     options = parser.parse_args(arguments)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FAKE}"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    print("| against | | seconds | tokens/s | state and batch, MB | temporaries, MB |\n|---|---|---|---|---|---|")
-    drawn = {}
+    report, drawn = harness.Report("scaling", arguments), {}
     for name in options.sweeps.split(","):
         title, points = SWEEPS[name]
         places = [getattr(point, name) for point in points]
@@ -141,8 +137,9 @@ def main(arguments: list[str]) -> None:
         for place, point in zip(places, points, strict=True):
             costs.append(cost := measure(point, options.rounds))
             rate = point.rows * point.length / cost.seconds
-            sizes = f"{cost.arguments / 1e6:.1f} | {cost.temporary / 1e6:.1f}"
-            print(f"| {title} | {place} | {cost.seconds:.3f} | {rate:.0f} | {sizes} |", flush=True)
+            sizes = {"state and batch MB": cost.arguments / 1e6, "temporaries MB": cost.temporary / 1e6}
+            report.add(against=title, at=place, seconds=cost.seconds, **{"tokens/s": rate, **sizes})
         drawn[name] = title, places, costs
     if options.picture:
         Path(options.picture).write_text(picture(drawn))
+    report.save(options.out)

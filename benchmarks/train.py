@@ -2,27 +2,24 @@
 
     python -m launch.benchmark train --tunix_python=path/of/python
 
-Every side is a process of its own that keeps its compiled step; rounds go from side to side, so that all of them meet
-the same weather. The model is a Qwen3 of 4 layers, width 128, vocabulary 512, in float32. "8x512" is eight sequences
-of 512 tokens. "agentic" is 24 sequences of log-normal length, mean 4,096, cap 23,040, and "mix" the same at an eighth
-of the size: packed into rows here, padded to the longest of each micro-batch of 4 in torch (what its collator does),
-padded to the cap in Tunix (static shapes). Tunix (PyPI google-tunix) needs an environment of its own, and holds the
-scores of whole rows: of "agentic" 8.5 GB a row and layer, so it is left out there.
+Every side is a process that keeps its compiled step; rounds alternate between the sides. The model is a Qwen3 of 4
+layers, width 128, vocabulary 512, in float32. "8x512" is eight sequences of 512 tokens. "agentic" is 24 sequences of
+log-normal length, mean 4,096, cap 23,040, and "mix" the same at an eighth of the size: packed into rows here, padded to
+the longest of each micro-batch of 4 in torch (as its collator does), padded to the cap in Tunix (as its SFT trainer
+does; its RL trainer packs). Tunix (PyPI google-tunix) needs its own environment, and holds the scores of whole rows:
+8.5 GB per row and layer for "agentic", which is therefore left out.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from launch.command import Parser
+from benchmarks import harness
 
 MODEL: dict[str, Any] = {
     "vocab_size": 512,
@@ -34,7 +31,7 @@ MODEL: dict[str, Any] = {
 }
 HIDDEN, THETA, EPS = 384, 1e6, 1e-6
 MIXES = {"mix": (24, 512, 2880), "agentic": (24, 4096, 23040)}  # sequences, mean length, cap
-ROWS = 4  # of a padded micro-batch of a mix
+ROWS = 4  # per padded micro-batch of a mix
 RATE, DECAY = 1e-4, 0.01
 
 
@@ -186,76 +183,33 @@ def in_tunix(shape: str) -> Callable[[], Any]:
 SIDES = {"ours": ours, "torch": in_torch, "tunix": in_tunix}
 
 
-def work(side: str, shape: str) -> None:
-    """A side's process: one update for each line that comes in, its seconds as a line out."""
-    run = SIDES[side](shape)
-    for _ in range(2):
-        run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        run()
-        print(time.perf_counter() - started, flush=True)
-
-
 def measure(shape: str, pythons: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side's updates, round by round."""
-    workers = {
-        side: subprocess.Popen(
-            [python, "-m", "benchmarks.train", "--worker", side, shape],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for side, python in pythons.items()
-    }
-    seconds: dict[str, list[float]] = {side: [] for side in workers}
-    try:
-        for side, worker in workers.items():
-            assert worker.stdout is not None
-            if worker.stdout.readline().strip() != "ready":
-                raise RuntimeError(f"{side} did not start; see above")
-        for _ in range(rounds):
-            for side, worker in workers.items():
-                assert worker.stdin is not None and worker.stdout is not None
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                seconds[side].append(float(worker.stdout.readline()))
-    finally:
-        for worker in workers.values():
-            assert worker.stdin is not None
-            worker.stdin.close()
-            worker.wait()
-    return seconds
+    """Seconds of each side's updates, in turn."""
+    commands = {side: [python, "-m", "benchmarks.train", "--worker", side, shape] for side, python in pythons.items()}
+    with harness.workers(commands) as sides:
+        return harness.in_turn(sides, rounds, warmup=0)
 
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    parser = Parser(prog="launch.benchmark train")
+    parser = harness.parser("train", __doc__, rounds=7)
     parser.add_argument("--shapes", default="8x512,2x2048,mix")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tunix_python", default="", help="the interpreter of an environment with google-tunix")
+    parser.add_argument("--tunix_python", default="", help="interpreter of an environment with google-tunix")
     options = parser.parse_args(arguments)
     pythons = {"ours": sys.executable, "torch": sys.executable}
     if options.tunix_python:
         pythons["tunix"] = options.tunix_python
-    print(f"{'shape':8} {'side':6} {'median s':>9} {'spread':>15} {'useful tokens/s':>16} {'ours is':>9}")
+    report = harness.Report("train", arguments)
     for shape in options.shapes.split(","):
         useful = sum(map(len, sequences(shape)))
         sides = {side: python for side, python in pythons.items() if (side, shape) != ("tunix", "agentic")}
-        measured = measure(shape, sides, options.rounds)
-        middle = {side: statistics.median(values) for side, values in measured.items()}
-        for side, values in measured.items():
-            spread = f"{min(values):.3f} - {max(values):.3f}"
-            ratio = f"{middle[side] / middle['ours']:.2f} x"
-            print(
-                f"{shape:8} {side:6} {middle[side]:9.3f} {spread:>15} {useful / middle[side]:16.0f} {ratio:>9}",
-                flush=True,
-            )
+        measured = {side: harness.spread(values) for side, values in measure(shape, sides, options.rounds).items()}
+        for side, row in measured.items():
+            rates = {"tokens/s": useful / row["seconds"], "of ours": row["seconds"] / measured["ours"]["seconds"]}
+            report.add(shape=shape, side=side, **row, **rates)
+    report.save(options.out)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:4])
-    else:
-        main(sys.argv[1:])
+    _, _, side, shape = sys.argv
+    harness.serve(SIDES[side](shape))

@@ -14,7 +14,7 @@ SMALL = {
     "decode": ("--layers=1 --batches=2 --lengths=16 --tokens=4 --rounds=1", "tokens/s"),
     "memory": ("--tokens=512 --vocab=2048 --width=32 --chunks=256 --timed_tokens=256 --rounds=1", "256"),
     "sandbox": ("--seconds 0.3 --programs print --concurrency 2", "embedded sandbox"),
-    "scaling": ("--rounds=1 --sweeps=fsdp --picture=scaling.svg", "| devices"),
+    "scaling": ("--rounds=1 --sweeps=fsdp --picture=scaling.svg", "devices"),
     "train": ("--shapes=8x512 --rounds=1", "torch"),
 }
 

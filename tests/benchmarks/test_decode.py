@@ -17,7 +17,7 @@ def test_the_command_measures_both_sides(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(module, "open_machine", lambda dtype: small)
     out = tmp_path / "lines.json"
     module.main(["--batches=1,2", "--lengths=24", "--tokens=4", "--rounds=1", f"--out={out}"])
-    lines = json.loads(out.read_text())["lines"]
+    lines = json.loads(out.read_text())["rows"]
     assert [(line["batch"], line["length"]) for line in lines] == [(1, 24), (2, 24)]
     for line in lines:
         assert all(value > 0 for value in line.values())

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu as module
 from benchmarks import gpu_torch as in_torch
+from benchmarks import harness
 
 TINY = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
 TINY |= {"num_kv_heads": 2, "head_dim": 8, "vocab_size": 64, "rope_theta": 1e4, "tie_word_embeddings": True}
@@ -20,7 +21,7 @@ def work(monkeypatch):
     return module.Work(model="tiny", length=64, sequences=4, long=96, rounds=1)
 
 
-def test_without_a_gpu_it_is_one_line():
+def test_without_a_gpu_the_error_is_one_line():
     done = subprocess.run(
         [sys.executable, "-m", "launch.benchmark", "gpu"], capture_output=True, text=True, check=False
     )
@@ -42,9 +43,9 @@ def test_the_parts_run(work):
     assert ours["tokens/s"] == pytest.approx(work.useful / ours["seconds"])
     (fits,) = module.fits_part(work)
     assert fits["finite"]
-    text = module.table("train", [ours, {"side": "x", "failed": "why"}], 1e12, work)
-    assert "of the matmul rate" in text
-    assert "failed: why" in text
+    first, second = module.measured("train", [ours, {"side": "x", "failed": "why"}], 1e12, work)
+    assert first["of matmul rate"] == pytest.approx(module.model_flops(work) / ours["seconds"] / 1e12)
+    assert second == {"part": "train", "side": "x", "failed": "why"}
 
 
 def test_torch_trains_on_the_same_tokens(work):
@@ -87,6 +88,7 @@ def test_operations_are_those_of_the_pairs_that_see_each_other(work):
     assert module.model_flops(work) == pytest.approx(exact)
 
 
-def test_a_side_that_fails_says_why(work):
-    (row,) = module.in_process("benchmarks.gpu", ["nothing"], work)
+def test_a_side_that_fails_is_a_row_with_its_error():
+    (row,) = harness.in_process("benchmarks.gpu", ["nothing", "{}"], environment={})
+    assert row["side"] == "gpu nothing"
     assert "nothing" in row["failed"]
