@@ -220,6 +220,8 @@ class Request:
             return f"max_output: {LEAST_OUTPUT} to {FLOOD} bytes, not {self.max_output}"
         if len(self.fetch) > isolation.INODES:
             return f"fetch: {isolation.INODES} files at most, not {len(self.fetch)}"
+        if any(name.count("/") > fetching.DEEPEST for name in self.fetch):
+            return f"fetch: a path at most {fetching.DEEPEST} directories deep"
         return ""
 
     def packed(self) -> bytes:
@@ -389,7 +391,9 @@ class Embedded(Background):
                     pass
             said, directories = _hear(channel)
             try:
-                files = fetching.collect(directories[0], request.fetch) if directories else {}
+                files = {}
+                if directories:  # in a thread: many or deep names take a while
+                    files = await asyncio.to_thread(fetching.collect, directories[0], request.fetch)
             finally:
                 for directory in directories:
                     os.close(directory)

@@ -24,7 +24,7 @@ from open_agentrl_jax.types import UserError
 
 # What each canary finds: `at` (facts about the host), `call(number, *arguments)` (a raw system call that must succeed).
 PRELUDE = """
-import ctypes, fcntl, json, os, resource, signal, socket, subprocess, sys, threading, time
+import ctypes, email.mime, fcntl, json, os, resource, signal, socket, subprocess, sys, threading, time
 at = json.load(sys.stdin)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -94,6 +94,9 @@ CANARIES = {
     "becomes a daemon": "os.setsid()",
     "writes beside a host file": "open(at['secret'] + '.canary', 'w').close()",
     "opens the standard library for writing": "os.open(json.__file__, os.O_WRONLY)",
+    "empties a file of the standard library": "os.open(email.mime.__file__, os.O_RDONLY | os.O_TRUNC)",  # empty anyway
+    "looks at the state of the page cache": "os.preadv(os.open(json.__file__, os.O_RDONLY), [bytearray(9)], 0, 8)",
+    "reads another process's clock": "time.clock_gettime((~os.getppid() << 3) | 2)",
     "changes a mode in the standard library": "os.chmod(json.__file__, os.stat(json.__file__).st_mode & 0o777)",
     "mounts": "may(libc.mount, b'tmpfs', b'/no such place', b'tmpfs', 0, b'')",
     "enters a user namespace": "assert libc.unshare(0x10000000) == 0",

@@ -11,6 +11,7 @@ import base64
 import collections
 import dataclasses
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ IN_FLIGHT = 128
 ATTEMPTS = 8
 WAITING = 30.0  # seconds that a server may let a run wait beyond its own time limit
 COOLING = 5.0  # seconds without runs for a server that failed; then it is pinged first
-LARGEST = 256 * 2**20  # bytes of an answer that are read; more is a fault of the server
+LARGEST = 256 * 2**20  # bytes of an answer that are read, files included; more is a fault of the server
+LARGEST_TEXT = 32 * 2**20  # the same where no files and no long output were requested
 PAUSE, LONGEST_PAUSE = 0.2, 8.0  # seconds before the second attempt, doubled for each further one up to the longest
 
 
@@ -117,7 +119,7 @@ class Remote(Background):
             packed = json.dumps(body, allow_nan=False).encode()  # ASCII: half a surrogate pair goes through too
         except ValueError:
             return Result("refused", None, "", f"timeout and memory_mb must be finite: {timeout}, {memory_mb}", 0.0)
-        return _cut(await self.here(self._run(packed, timeout)), max_output)
+        return _cut(await self.here(self._run(packed, timeout, tuple(fetch), max_output)), max_output)
 
     def session(self, *, memory_mb: int = 2048) -> Session:
         """Raises UserError: SandboxFusion's API keeps no state between runs."""
@@ -136,12 +138,13 @@ class Remote(Background):
     async def _release(self) -> None:
         await self._client.aclose()
 
-    async def _run(self, body: bytes, timeout: float) -> Result:
+    async def _run(self, body: bytes, timeout: float, fetch: tuple[str, ...], max_output: int) -> Result:
         self.counts["runs"] += 1
         async with self._turns:
             started = time.monotonic()
             deadline = started + 2 * (timeout + WAITING)
             reason = ""
+            largest = LARGEST if fetch else min(LARGEST, LARGEST_TEXT + 6 * max_output)  # JSON: up to 6 bytes per byte
             for attempt in range(ATTEMPTS):
                 if attempt:
                     self.counts["retries"] += 1
@@ -150,7 +153,7 @@ class Remote(Background):
                 if left <= 0:
                     break
                 try:
-                    result = await self._once(body, min(left, timeout + WAITING))
+                    result = await self._once(body, min(left, timeout + WAITING), fetch, largest)
                 except Fault as fault:
                     reason = str(fault)
                     continue
@@ -180,12 +183,12 @@ class Remote(Background):
         server.again_at = time.monotonic() + COOLING if server.down else 0.0
         return not server.down
 
-    async def _once(self, body: bytes, patience: float) -> Result:
+    async def _once(self, body: bytes, patience: float, fetch: tuple[str, ...], largest: int) -> Result:
         server = await self._choose()
         server.running += 1
         try:
             async with asyncio.timeout(patience):
-                status, answer = await self._post(f"{server.url}/run_code", body, patience)
+                status, answer = await self._post(f"{server.url}/run_code", body, patience, largest)
         except (httpx.HTTPError, TimeoutError) as error:
             server.down, server.again_at = True, time.monotonic() + COOLING
             raise Fault(f"{server.url}: {type(error).__name__}: {error}") from error
@@ -197,11 +200,11 @@ class Remote(Background):
             server.again_at = time.monotonic() + PAUSE
             raise Fault(f"{server.url}: HTTP {status}: {answer[:500].decode('utf-8', 'replace')}")
         try:
-            return read_answer(json.loads(answer))
+            return read_answer(json.loads(answer), fetch)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Fault(f"{server.url}: an answer that cannot be read: {error}") from error
 
-    async def _post(self, url: str, body: bytes, patience: float) -> tuple[int, bytes]:
+    async def _post(self, url: str, body: bytes, patience: float, largest: int) -> tuple[int, bytes]:
         """Status and content of an answer, which may be endless.
 
         Raises:
@@ -212,13 +215,13 @@ class Remote(Background):
             content = bytearray()
             async for part in answer.aiter_bytes():
                 content += part
-                if len(content) > LARGEST:
-                    raise Fault(f"{url}: an answer of more than {LARGEST} bytes")
+                if len(content) > largest:
+                    raise Fault(f"{url}: an answer of more than {largest} bytes")
             return answer.status_code, bytes(content)
 
 
-def read_answer(answer: dict[str, Any]) -> Result:
-    """What a server's answer says.
+def read_answer(answer: dict[str, Any], fetch: Sequence[str] = ()) -> Result:
+    """Reads a server's answer, which may be anything; files that were not requested are dropped.
 
     Raises:
         Fault: the server failed, not the program.
@@ -232,8 +235,10 @@ def read_answer(answer: dict[str, Any]) -> Result:
     status = "timeout" if ran["status"] == "TimeLimitExceeded" else "finished"
     if status == "finished" and (answer.get("message") == "memory" or (code != 0 and out_of_memory(stderr))):
         status = "memory"
-    files = {name: base64.b64decode(content) for name, content in (answer.get("files") or {}).items()}
+    files = {name: base64.b64decode(content) for name, content in (answer.get("files") or {}).items() if name in fetch}
     seconds, truncated = float(ran.get("execution_time") or 0.0), ran.get("truncated") is True
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"execution_time is {seconds}")
     return Result(status, code, stdout, stderr, seconds, files, truncated)
 
 

@@ -1,6 +1,8 @@
 """Serves a sandbox under SandboxFusion's HTTP API: POST /run_code, GET /v1/ping; also /health and /metrics.
 
-A run that the queue has no room for is answered 429 at once. A token is needed where others than this machine may call.
+A run for which the queue has no room is answered 429 at once. A server that other machines can reach needs a token. One
+without a token answers only requests that name this machine as their host and origin, and only JSON bodies, so that a
+web page in somebody's browser cannot run code through it.
 """
 
 from __future__ import annotations
@@ -12,21 +14,26 @@ import collections
 import dataclasses
 import hmac
 import ipaddress
+import json
 import os
 import resource
 import signal
 import socket
+import time
+import urllib.parse
 from typing import Any
 
 from aiohttp import web
 
-from open_agentrl_jax.sandbox.executor import LARGEST_MB, Embedded
+from open_agentrl_jax.sandbox.executor import Embedded
 from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result
 from open_agentrl_jax.types import UserError
 
 LARGEST_BODY = 128 * 2**20  # bytes
 ALL_BODIES = 4 * LARGEST_BODY  # bytes that the requests being read, waiting and running may have sent together
-READING = 60.0  # seconds that a client may take to send a body
+FREE_BODY = 2**20  # bytes of each body that do not count: large bodies that come slowly keep small ones from nothing
+READING, IDLE = 60.0, 10.0  # seconds that a client may take to send a body, and to send its next part
+HEALTHY = 5.0  # seconds for which /health repeats its last answer
 TAKEN = 32  # connections accepted at once: so many are open before they are counted
 WAITING = 1024  # connections that the kernel holds meanwhile; one that it refuses comes again a second later
 KEPT_FREE = 128, 8  # descriptors that connections leave: in all, and a run at once
@@ -40,7 +47,8 @@ class ServerSpec:
 
     max_queue: runs that may wait; further ones are answered 429.
     longest: seconds, the largest run_timeout accepted.
-    grace: seconds that running programs have left when the server is told to stop.
+    grace: seconds that running programs have left after SIGTERM.
+    max_memory_mb: MiB, the largest memory_limit_MB granted (greater ones are lowered to it); 0: half of the machine's.
     """
 
     host: str = "127.0.0.1"
@@ -49,25 +57,44 @@ class ServerSpec:
     max_queue: int = 256
     longest: float = 600.0
     grace: float = 30.0
+    max_memory_mb: int = 0
 
 
 class Invalid(Exception):
-    """A request that is wrong; the text says where."""
+    """An invalid request: the text names the field, `status` is the HTTP status."""
+
+    def __init__(self, text: str, status: int = 422):
+        super().__init__(text)
+        self.status = status
+
+
+def half_of_memory() -> int:
+    """MiB of half of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**21
+
+
+def local(netloc: str, host: str) -> bool:
+    """Whether `netloc` (host and port of a URL) names this machine: by a loopback name or as the address served."""
+    try:
+        name = urllib.parse.urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return False
+    return loopback(name) or name == host
 
 
 def loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def read_request(body: Any, longest: float) -> dict[str, Any]:
-    """The arguments of `Sandbox.run` out of a request's JSON.
+def read_request(body: Any, longest: float, largest_mb: int) -> dict[str, Any]:
+    """Returns the arguments of `Sandbox.run` from a request's JSON.
 
     Raises:
-        Invalid: it is wrong.
+        Invalid: a field is missing or wrong.
     """
     if not isinstance(body, dict) or not isinstance(body.get("code"), str):
         raise Invalid("code: a string is required")
@@ -95,7 +122,7 @@ def read_request(body: Any, longest: float) -> dict[str, Any]:
         "code": body["code"],
         "stdin": stdin,
         "timeout": float(timeout),
-        "memory_mb": max(int(min(memory, LARGEST_MB)), 1) if memory > 0 else DEFAULT_MB,
+        "memory_mb": max(int(min(memory, largest_mb)), 1) if memory > 0 else min(DEFAULT_MB, largest_mb),
         "max_output": output,
         "files": decoded,
         "fetch": tuple(fetch),
@@ -103,7 +130,7 @@ def read_request(body: Any, longest: float) -> dict[str, Any]:
 
 
 def answer(result: Result) -> dict[str, Any]:
-    """A result in SandboxFusion's words; `message` is "memory" where that ran out."""
+    """Formats a result as SandboxFusion does; `message` is "memory" where that ran out."""
     failed = result.status == "infrastructure"
     late = result.status == "timeout"
     good = result.status == "finished" and result.return_code == 0
@@ -133,7 +160,10 @@ class Api:
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = 0.0
         self.pending = 0
-        self.held = 0  # bytes of bodies
+        self.held = 0  # bytes of bodies beyond FREE_BODY each
+        self.largest_mb = spec.max_memory_mb or half_of_memory()
+        self._health: tuple[float, dict[str, Any]] = (-HEALTHY, {})
+        self._checking = asyncio.Lock()
 
     def application(self) -> web.Application:
         """The routes."""
@@ -154,22 +184,33 @@ class Api:
         return application
 
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Asks for the token, where there is one."""
+        """Checks the token, or without one that the request was meant for this machine."""
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         wanted = "" if request.path in OPEN_PATHS else self.spec.token
         if wanted and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode()):
             return web.json_response({"detail": "a bearer token is needed"}, status=401)
+        if not self.spec.token:
+            origin = request.headers.get("Origin", "")
+            for header, netloc in (("Host", request.headers.get("Host", "")), ("Origin", origin.partition("://")[2])):
+                if (header == "Host" or origin) and not local(netloc, self.spec.host):
+                    detail = (
+                        f"{header} {netloc or origin!r} is not this machine; a server without a token serves only it"
+                    )
+                    return web.json_response({"detail": detail}, status=403)
         return await handler(request)
 
     async def ping(self, _: web.Request) -> web.Response:
-        """The answer that SandboxFusion gives."""
+        """Answers as SandboxFusion does."""
         return web.json_response("pong")
 
     async def health(self, _: web.Request) -> web.Response:
-        """Runs a program."""
-        result = await self.sandbox.run("print('well')", timeout=10)
-        well = result.stdout == "well\n"
-        return web.json_response({"well": well, **self.sandbox.metadata}, status=200 if well else 503)
+        """Reports whether programs run: runs one, at most every HEALTHY seconds, however often it is called."""
+        async with self._checking:
+            if time.monotonic() - self._health[0] >= HEALTHY:
+                result = await self.sandbox.run("print('well')", timeout=10)
+                state = {"well": result.stdout == "well\n", **self.sandbox.metadata}
+                self._health = (time.monotonic(), state)
+        return web.json_response(self._health[1], status=200 if self._health[1]["well"] else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Counters and gauges in Prometheus' text format."""
@@ -187,30 +228,40 @@ class Api:
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
     async def run_code(self, request: web.Request) -> web.Response:
-        """Runs one program, where there is room for what was sent."""
-        size = LARGEST_BODY if request.content_length is None else request.content_length
-        if size > LARGEST_BODY:
-            return self._refuse(413, f"the body is larger than {LARGEST_BODY} bytes")
-        if self.held + size > ALL_BODIES:
-            return self._refuse(429, "too much is being sent or waits already", {"Retry-After": "1"})
-        self.held += size
+        """Runs one program, if there is room for its body and in the queue."""
+        counted: list[int] = []
         try:
-            return await self._run(request)
+            return await self._run(await self._arguments(request, counted))
+        except Invalid as error:
+            return self._refuse(error.status, str(error), {"Retry-After": "1"} if error.status == 429 else None)
         finally:
-            self.held -= size
+            self.held -= sum(counted)
 
-    async def _run(self, request: web.Request) -> web.Response:
+    async def _arguments(self, request: web.Request, counted: list[int]) -> dict[str, Any]:
+        """Reads the body and returns the arguments in it; `counted` receives what it adds to `held`."""
+        if request.content_type != "application/json":
+            raise Invalid("Content-Type must be application/json", 415)
+        if (request.content_length or 0) > LARGEST_BODY:
+            raise Invalid(f"the body is larger than {LARGEST_BODY} bytes", 413)
+        body = bytearray()
         try:
             async with asyncio.timeout(READING):
-                body = await request.json()
-            arguments = read_request(body, self.spec.longest)
-            del body
-        except Invalid as error:
-            return self._refuse(422, str(error))
+                while part := await asyncio.wait_for(request.content.readany(), IDLE):
+                    body += part
+                    more = max(len(body) - FREE_BODY, 0) - sum(counted)
+                    if len(body) > LARGEST_BODY:
+                        raise Invalid(f"the body is larger than {LARGEST_BODY} bytes", 413)
+                    if self.held + more > ALL_BODIES:
+                        raise Invalid("too much is being sent or waits already", 429)
+                    self.held += more
+                    counted[:] = [sum(counted) + more]
+            return read_request(json.loads(body.decode(request.charset or "utf-8")), self.spec.longest, self.largest_mb)
         except TimeoutError:
-            return self._refuse(408, f"the body took more than {READING:g} seconds")
-        except (ValueError, LookupError, RecursionError):  # of another encoding, or nested without end
-            return self._refuse(422, "the body is not JSON")
+            raise Invalid(f"the body took more than {READING:g} seconds, or paused for {IDLE:g}", 408) from None
+        except (ValueError, LookupError, RecursionError):  # another encoding, or nested too deeply
+            raise Invalid("the body is not JSON") from None
+
+    async def _run(self, arguments: dict[str, Any]) -> web.Response:
         waiting = self.pending - self.sandbox.max_active
         if waiting >= self.spec.max_queue:
             return self._refuse(429, f"{waiting} runs wait already", {"Retry-After": "1"})
@@ -231,33 +282,33 @@ class Api:
 
 
 class Full(asyncio.Protocol):
-    """A connection that there is no room for."""
+    """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ends it."""
+        """Closes it."""
         if isinstance(transport, asyncio.Transport):
             transport.abort()
 
 
 def most_connections(runs: int) -> int:
-    """How many connections may be open at once, so that the runs have the descriptors that they need."""
+    """Returns how many connections may be open at once, so that enough descriptors are left for the runs."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return max(limit - KEPT_FREE[0] - KEPT_FREE[1] * runs, limit // 4)
 
 
 async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[int] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, or until it is cancelled; running programs are let finish.
+    """Serves until SIGTERM, SIGINT or cancellation; running programs may finish.
 
     Args:
         sandbox: the executor; the caller closes it.
-        spec: how.
-        started: is given the port once it listens.
+        spec: address and limits.
+        started: receives the port once the server listens.
 
     Raises:
-        UserError: the address is open to others and there is no token, or it cannot be had.
+        UserError: other machines can reach the address and there is no token, or the address cannot be used.
     """
     if not spec.token and not loopback(spec.host):
-        raise UserError(f"--host {spec.host}: others can reach it, so a token is needed: set SANDBOX_TOKEN")
+        raise UserError(f"host {spec.host}: other machines can reach it, so a token is needed: set SANDBOX_TOKEN")
     api = Api(sandbox, spec)
     runner = web.AppRunner(
         api.application(), access_log=None, shutdown_timeout=spec.grace, handler_cancellation=True,
@@ -278,13 +329,13 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
             for each in listening.sockets:
                 with socket.socket(fileno=os.dup(each.fileno())) as same:
                     same.listen(WAITING)
-        except (OSError, OverflowError) as error:  # the latter: no number of a port
-            raise UserError(f"--port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
+        except (OSError, OverflowError) as error:  # OverflowError: no valid port number
+            raise UserError(f"port {spec.port}: {getattr(error, 'strerror', '') or error}; choose another") from error
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 loop.add_signal_handler(number, stop.set)
-            except (RuntimeError, ValueError):  # not the main thread: whoever started us stops us
+            except (RuntimeError, ValueError):  # not the main thread: the caller cancels
                 break
         if started is not None:
             started.set_result(listening.sockets[0].getsockname()[1])

@@ -10,12 +10,13 @@ SHARED = (
 )
 
 EDGES = [
+    # an empty file, so that an escape destroys nothing
     _each(
         "empties a library file that it may only read",
-        "os.open(json.__file__, os.O_RDONLY | os.O_TRUNC)", "os.open(__import__('numpy').__file__, os.O_RDONLY | os.O_TRUNC)",
-        "os.open(json.__file__, os.O_RDWR | os.O_TRUNC)", "call(2, None, json.__file__.encode(), 0o1000, 0)", "call(257, 56, -100, json.__file__.encode(), 0o1000, 0)",
-        "call(257, 56, -100, json.__file__.encode(), (1 << 32) | 0o1000, 0)", "call(85, None, json.__file__.encode(), 0o600)",
-        "call(437, 437, -100, json.__file__.encode(), (ctypes.c_uint64 * 3)(0o1000, 0, 0), 24)",
+        *[f"os.open(EMPTY, os.{flags} | os.O_TRUNC)" for flags in ("O_RDONLY", "O_RDWR", "O_WRONLY")],
+        "call(2, None, EMPTY.encode(), 0o1000, 0)", "call(257, 56, -100, EMPTY.encode(), 0o1000, 0)", "call(257, 56, -100, EMPTY.encode(), (1 << 32) | 0o1000, 0)",
+        "call(85, None, EMPTY.encode(), 0o600)", "call(437, 437, -100, EMPTY.encode(), (ctypes.c_uint64 * 3)(0o1000, 0, 0), 24)", "os.truncate(EMPTY, 0)",
+        setup="import email.mime\nEMPTY = email.mime.__file__\n",
     ),
     _each(
         "looks which pages of a shared file are cached",

@@ -60,8 +60,8 @@ class Attack:
         return PRELUDE + self.code
 
 
-def _each(name: str, *lines: str, **more) -> Attack:
-    return Attack(name, "\n".join(f"attempt(lambda: {line})" for line in lines), **more)
+def _each(name: str, *lines: str, setup: str = "", **more) -> Attack:
+    return Attack(name, setup + "\n".join(f"attempt(lambda: {line})" for line in lines), **more)
 
 
 ENDLESS = dict(statuses=("timeout",), return_code=-9, prints="started", timeout=1.0)

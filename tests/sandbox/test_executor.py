@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import pathlib
 import signal
@@ -14,7 +15,7 @@ import time
 
 import pytest
 
-from open_agentrl_jax.sandbox import child, executor, fetching, immortal, isolation, probes
+from open_agentrl_jax.sandbox import child, executor, fetching, forkserver, immortal, isolation, probes
 from open_agentrl_jax.sandbox.client import Result, SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError
 
@@ -196,6 +197,54 @@ async def test_a_program_that_waits_is_timed_out_and_one_that_was_starved_is_not
     with pytest.raises(OSError, match="starved"):
         sandbox._result(request, report, b"k", [stream, stream], False, {})
     assert (await sandbox.run("import time; time.sleep(60)", timeout=0.3)).status == "timeout"
+
+
+def test_a_program_that_takes_many_cpus_gets_the_lowest_priority(monkeypatch):
+    import subprocess
+
+    used = iter((0.0, 0.1, 0.5))  # CPU seconds at looks that are 0.2 s apart: half a CPU, then two
+    here, there = socket.socketpair()
+    server = forkserver.Server(here, None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(forkserver, "cpu_seconds", lambda _: next(used))
+    sleeper = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    with here, there, server.status, server.children_status, sleeper:
+        server.deadlines[sleeper.pid] = time.monotonic() + 60
+        seen = []
+        for _ in range(3):
+            server.looked = time.monotonic() - 0.2
+            server._slow_down_hogs()
+            seen.append(os.getpriority(os.PRIO_PROCESS, sleeper.pid))
+        sleeper.kill()
+    assert seen == [seen[0], seen[0], 19] and seen[0] < 19
+
+
+@pytest.mark.parametrize(
+    ("cpu", "waited", "passed", "outcome"),
+    [
+        (0.0, 0.0, 1.0, "late"),  # it slept
+        (1.0, 0.0, 1.0, "late"),  # it computed
+        (0.4, 0.6, 1.0, "more time"),  # neighbours took its CPU
+        (0.9, 1.1, 2.0, "late"),  # twice its limit, and most of its CPU time
+        (0.1, 1.9, 2.0, "starved"),
+        (0.1, 0.0, 2.0, "late"),
+        (2.0, 5.0, 1.0, "late"),  # its own threads were in each other's way
+    ],
+)
+def test_waiting_for_a_cpu_does_not_count_towards_the_time_limit(monkeypatch, cpu, waited, passed, outcome):
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server = forkserver.Server(here, None)  # pyright: ignore[reportArgumentType]
+    now = time.monotonic()
+    server.limits[7], server.starts[7], server.deadlines[7] = 1.0, now - passed, now
+    monkeypatch.setattr(forkserver, "cpu_seconds", lambda _: cpu)
+    monkeypatch.setattr(forkserver, "_kill", lambda _: None)
+    monkeypatch.setattr(server, "_waited", lambda _: waited)
+    with here, there, server.status, server.children_status:
+        server._kill_late()
+        if outcome == "more time":
+            assert server.deadlines[7] > now and not server.late
+        else:
+            report = json.loads(there.recv(4096))
+            assert report["late"] and report["starved"] is (outcome == "starved")
 
 
 async def test_files_in_and_out(sandbox):

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import importlib.util
+import json
 import pathlib
 import resource
 import signal
@@ -141,14 +142,20 @@ async def test_wrong_requests_are_answered_422(sandbox, body):
 )
 async def test_wrong_bodies_are_answered_422(sandbox, content, headers):
     async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
-        assert (await client.post(f"{url}/run_code", content=content, headers=headers)).status_code == 422
+        assert (
+            await client.post(
+                f"{url}/run_code", content=content, headers={"Content-Type": "application/json"} | headers
+            )
+        ).status_code == 422
 
 
 @pytest.mark.parametrize("limit", ["1e300", "Infinity", "NaN", "-5"])
 async def test_strange_memory_limits_are_no_failure(sandbox, limit):
     body = f'{{"code": "print(1)", "language": "python", "memory_limit_MB": {limit}}}'
     async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
-        assert (await client.post(f"{url}/run_code", content=body)).json()["run_result"]["stdout"] == "1\n"
+        assert (
+            await client.post(f"{url}/run_code", content=body, headers={"Content-Type": "application/json"})
+        ).json()["run_result"]["stdout"] == "1\n"
 
 
 async def test_ping_health_and_metrics(sandbox):
@@ -175,7 +182,7 @@ async def test_a_token_is_asked_for_and_needed_beyond_loopback(sandbox):
             assert await client.ping() == [True]
     with pytest.raises(UserError, match="token"):
         await server.serve(sandbox, server.ServerSpec(host="0.0.0.0", port=0))
-    with pytest.raises(UserError, match=r"--port 99999: .*; choose another"):
+    with pytest.raises(UserError, match=r"port 99999: .*; choose another"):
         await server.serve(sandbox, server.ServerSpec(port=99999))
 
 
@@ -441,28 +448,110 @@ async def test_compressed_bodies_are_not_unpacked(sandbox):
 
     body = gzip.compress(b'{"code": "print(1)"}')
     async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
-        answer = await client.post(f"{url}/run_code", content=body, headers={"Content-Encoding": "gzip"})
+        answer = await client.post(
+            f"{url}/run_code", content=body, headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        )
     assert answer.status_code == 422
 
 
-async def test_bodies_have_room_only_up_to_a_sum_and_a_time(sandbox, monkeypatch):
+async def send_slowly(url: str, length: int, body: bytes):
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /run_code HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+    await asyncio.sleep(0.2)
+    return reader, writer
+
+
+async def test_slow_large_bodies_keep_no_small_ones_out(sandbox, monkeypatch):
     monkeypatch.setattr(server, "ALL_BODIES", 3000)
-    monkeypatch.setattr(server, "READING", 1.0)
-    head = "POST /run_code HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{{"
+    monkeypatch.setattr(server, "FREE_BODY", 300)
+    monkeypatch.setattr(server, "IDLE", 1.5)
     async with serving(sandbox) as url:
-        host, port = url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(head.format(2990).encode())
-        await writer.drain()
-        await asyncio.sleep(0.2)
-        assert (await post(url, code="print(1)", **RUN)).status_code == 429
-        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 408")
-        writer.close()
+        reader, writer = await send_slowly(url, 5000, b"{" * 3200)
+        idle = await send_slowly(url, server.LARGEST_BODY - 1, b"{")
+        assert (await post(url, code="print(1)", stdin="x" * 1000, **RUN)).status_code == 429
         assert (await post(url, code="print(1)", **RUN)).status_code == 200
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(head.format(server.LARGEST_BODY + 1).encode())
+        assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 408")
+        assert (await asyncio.wait_for(idle[0].readline(), 20)).startswith(b"HTTP/1.1 408")
+        writer.close()
+        idle[1].close()
+        assert (await post(url, code="print(1)", stdin="x" * 1000, **RUN)).status_code == 200
+        reader, writer = await send_slowly(url, server.LARGEST_BODY + 1, b"{")
         assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 413")
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Host": "attacker.example"}, 403),
+        ({"Host": "attacker.example:8080"}, 403),
+        ({"Host": "127.0.0.1.attacker.example"}, 403),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://[::1]:3000"}, 200),
+    ],
+)
+async def test_web_pages_cannot_run_code(sandbox, headers, status):
+    async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
+        headers = {"Content-Type": "application/json"} | headers
+        assert (await client.post(f"{url}/run_code", content='{"code": "1"}', headers=headers)).status_code == status
+
+
+async def test_health_runs_one_program_however_often_it_is_called(sandbox):
+    async with serving(sandbox) as url, httpx.AsyncClient(trust_env=False) as client:
+        before = sandbox.counts["runs"]
+        answers = await asyncio.gather(*(client.get(f"{url}/health", timeout=60) for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {200} and sandbox.counts["runs"] == before + 1
+
+
+async def test_memory_limits_are_capped(sandbox):
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_AS)[0] >> 20)"
+    async with serving(sandbox, max_memory_mb=300) as url:
+        small, large = [
+            int((await post(url, code=code, memory_limit_MB=mb, **RUN)).json()["run_result"]["stdout"])
+            for mb in (100, 1 << 20)
+        ]
+    assert large - small == 200
+
+
+async def test_many_deep_names_do_not_hold_up_other_runs(sandbox):
+    deep = tuple("a/" * 60 + f"{i}" for i in range(1500))
+    if sandbox.plan.disk:
+        slow = asyncio.create_task(
+            sandbox.run("import os; os.makedirs('a/' * 60); open('a/' * 60 + '7', 'w').write('x')", fetch=deep)
+        )
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        await sandbox.run("print(1)")
+        assert (await slow).files == {deep[7]: b"x"} and time.monotonic() - started < 15
+    assert (await sandbox.run("1", fetch=("a/" * 1900 + "b",))).status == "refused"
+
+
+async def test_a_lying_server_gives_no_foreign_files_and_no_strange_times():
+    answer = {"files": {"../x": "", "asked": "eA=="}, "execution_time": 0.5}
+
+    async def handler(_):
+        ran = {
+            "status": "Finished",
+            "return_code": 0,
+            "stdout": "",
+            "stderr": "",
+            "execution_time": answer["execution_time"],
+        }
+        return web.Response(
+            text=json.dumps({"status": "Success", "message": "", "run_result": ran, "files": answer["files"]})
+        )
+
+    async with faking(handler) as url, remote.Remote([url]) as client:
+        assert (await client.run("1", fetch=("asked",))).files == {"asked": b"x"}
+        for strange in (float("nan"), float("inf"), -1):
+            answer["execution_time"] = strange
+            assert (await client.run("1")).status == "infrastructure"
 
 
 def test_check_tells_the_level(sandbox):
