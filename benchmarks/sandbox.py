@@ -1,4 +1,4 @@
-"""Sandbox against plain subprocesses: calls a second, latency and CPU time, all in one run.
+"""Sandbox against plain subprocesses: calls per second, latency and CPU time, all in one run.
 
     python -m launch.benchmark sandbox --seconds 5 --programs print sympy --concurrency 1 8 64
 
@@ -49,7 +49,7 @@ def command_call(command: tuple[str, ...]) -> Call:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, its children, and theirs, dead or alive."""
+    """CPU time of this process and all its descendants, dead or alive."""
     own = os.times()
     total, ticks = own.user + own.system + own.children_user + own.children_system, os.sysconf("SC_CLK_TCK")
     parents, times = {}, {}

@@ -1,1 +1,1 @@
-"""Runs model-written Python where it can do no harm. Free of JAX, useful alone: start at `client.open_sandbox`."""
+"""Runs model-written Python in isolation. No JAX; useful alone. Start at `client.open_sandbox`."""

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that callers may come from any loop."""
+"""An event loop in its own thread, which any event loop may call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Background:
-    """Base of the sandboxes: their work runs in `loop`, whoever asks for it."""
+    """Base class of the sandboxes: their work runs in `loop`, whatever loop calls."""
 
     def __init__(self):
         self.loop = asyncio.new_event_loop()
@@ -20,21 +20,21 @@ class Background:
         self._thread.start()
 
     async def here(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs work in the loop and waits for it; a cancelled caller cancels it."""
+        """Runs work in the loop and waits for it; cancelling the caller cancels the work."""
         if asyncio.get_running_loop() is self.loop:
             return await work
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """The same for callers without a loop."""
+        """Same as `here`, for callers without a loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def close(self) -> None:
-        """Ends what is running and gives everything back; a second time does nothing."""
+        """Ends what is running and frees all resources; a second call does nothing."""
         await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
-        """`close` for callers without a loop."""
+        """Same as `close`, for callers without a loop."""
         if self._thread.is_alive():
             self.wait(self._end())
             self.loop.call_soon_threadsafe(self.loop.stop)
@@ -51,7 +51,7 @@ class Background:
         await self.loop.shutdown_default_executor()
 
     async def _release(self) -> None:
-        """Gives back what outlives the tasks."""
+        """Frees what outlives the tasks."""
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""One child of a fork server: shuts itself in, then runs one program as `python main.py` would.
+"""One child of a fork server: isolates itself, then runs one program as `python main.py` would.
 
-Nothing it says is believed: what became of it is what the fork server's wait tells, and the socket over which its
-request came is closed before the program's first line. Standard library only.
+The exit status comes from wait4 in the fork server, never from the child. The socket of the request closes before the
+program's first line (a session keeps it, see `_Program.run_cells`). Standard library only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from . import isolation
 NAME = "main.py"
 HEAD, PID = struct.Struct("!I"), struct.Struct("!I")
 OUT_OF_MEMORY = 63  # signal by which a child ends after an uncaught MemoryError; text on stderr proves nothing
-# Of the standard library, what does something when it is imported: opens a browser or a window, runs tests.
+# Standard modules with side effects on import: they open a browser or a window, or run tests.
 ACTING = {"antigravity", "idlelib", "test", "turtledemo"}
-# What a fork server imports before it forks. Each tier can run every program; a nearer one saves its imports.
+# Imported by a fork server before it forks. Each tier can run every program; a fitting one saves the imports.
 STANDARD = (
     *("abc", "array", "bisect", "calendar", "cmath", "collections", "concurrent.futures", "contextlib", "copy", "csv"),
     *(
@@ -109,14 +109,14 @@ GENERATORS: list[random.Random] = []  # what the warm modules draw from (random'
 
 
 def warm(tier: str) -> None:
-    """Imports a tier and runs through it once. What cannot be imported is left out: programs then find that out."""
+    """Imports a tier and exercises it. Missing modules are skipped; programs that need them fail by themselves."""
     for name in [*STANDARD, *TIERS[tier]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     for package, program in WARMING.items():
         if any(name.split(".")[0] == package for name in TIERS[tier]):
             with contextlib.suppress(ImportError):
-                for _ in range(3):  # until the interpreter has specialised what runs, and so leaves it unwritten
+                for _ in range(3):  # until the interpreter has specialised the code, which then stays unwritten
                     exec(program, {})
     random_types = (random.Random,)
     GENERATORS[:] = [
@@ -216,7 +216,7 @@ def _receive_rest(channel: socket.socket, data: bytes) -> Any:
 
 
 def imported(code: str) -> list[str]:
-    """Names of the modules that a program imports, by its syntax tree; none where it cannot be parsed."""
+    """Names of the modules that a program imports, from its syntax tree; none if it cannot be parsed."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -231,9 +231,9 @@ def imported(code: str) -> list[str]:
 
 
 def import_ahead(code: bytes) -> None:
-    """Imports what a program will, while files can still be seen.
+    """Imports what a program will import, while files are still visible.
 
-    Nothing locks the child in yet, so only packages of which we know that importing them does nothing else.
+    The child is not isolated yet, so only packages whose import is known to have no side effects.
     """
     known = sys.stdlib_module_names | {"numpy", "sympy", "scipy"}
     for name in imported(code.decode("utf-8", "replace")):
@@ -244,11 +244,11 @@ def import_ahead(code: bytes) -> None:
 
 
 def write_files(files: dict[str, bytes], *, disk: bool) -> None:
-    """Writes the files that came with the request below /tmp.
+    """Writes the files of the request below /tmp.
 
     Raises:
-        OSError: there is no private file system, or the name leads out of it.
-        ValueError, RecursionError: it is no name of a file, or one too deep.
+        OSError: there is no private file system, or a name leads out of it.
+        ValueError, RecursionError: a name is not a valid file name, or too deep.
     """
     if files and not disk:
         raise OSError("files need a private file system, which this level of isolation does not have")
@@ -260,13 +260,13 @@ def write_files(files: dict[str, bytes], *, disk: bool) -> None:
 
 
 def lay_streams() -> None:
-    """Makes the standard streams, once for all children, over files of the kinds that a child puts below them."""
+    """Creates the standard streams once for all children, over files of the kinds that children use."""
     null = os.open(os.devnull, os.O_RDWR)
     reading, writing = os.pipe()
     memory = os.memfd_create("stdin")
     for descriptor, place in ((memory, 0), (writing, 1), (writing, 2)):
         os.dup2(descriptor, place)
-    # line by line, so that a program stopped by its time limit has said what it printed
+    # line-buffered, so that the output of a program stopped by its time limit is complete
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
@@ -279,13 +279,13 @@ def lay_streams() -> None:
 
 
 def _fill_streams(stdin: bytes, stdout: int, stderr: int) -> None:
-    if stdin:  # else 0 stays /dev/null
+    if stdin:  # otherwise 0 stays /dev/null
         memory = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         left = memoryview(stdin)
         while left:
             left = left[os.write(memory, left) :]
         os.lseek(memory, 0, os.SEEK_SET)
-        # sealed, or it would be memory beyond the limits
+        # sealed: otherwise the program could use it as memory beyond its limit
         seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
         os.dup2(memory, 0)
@@ -301,7 +301,7 @@ def _reseed() -> None:
 
 
 class _Program:
-    """A program about to run as __main__."""
+    """A program that runs as __main__."""
 
     def __init__(self, code: bytes, *, disk: bool):
         self.code = code.decode("utf-8", "surrogatepass")
@@ -316,10 +316,10 @@ class _Program:
         gc.enable()
 
     def run(self) -> int:
-        """Runs it to its end, threads and exit functions too; gives the return code."""
+        """Runs it to its end, including threads and exit functions; returns the return code."""
         ballast = mmap.mmap(
             -1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # given back when memory runs out, so that this can be told
+        )  # freed when memory runs out, to have room for the traceback
         try:
             exec(compile(self.code, NAME, "exec", dont_inherit=True), self.module.__dict__)
             code = 0
@@ -393,7 +393,7 @@ def _tell(error: BaseException) -> None:
         if sys.excepthook is not sys.__excepthook__:
             sys.excepthook(type(error), error, error.__traceback__)
         else:
-            traceback.print_exception(error, limit=-1000)  # as the interpreter itself: of a million frames the last
+            traceback.print_exception(error, limit=-1000)  # the last frames only, as the interpreter prints them
     except BaseException:
         with contextlib.suppress(BaseException):
             os.write(2, f"{type(error).__name__}\n".encode())

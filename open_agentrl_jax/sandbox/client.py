@@ -1,4 +1,4 @@
-"""The door of the sandbox: `open_sandbox(spec)` gives the embedded executor or a client of remote servers."""
+"""Entry point: `open_sandbox(spec)` returns the embedded executor or a client of remote servers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Result", "Sandbox", "SandboxSpec", "Session", "open_sandbox"]
 
 @dataclasses.dataclass(frozen=True)
 class SandboxSpec:
-    """Which sandbox to open.
+    """Selects a sandbox.
 
-    urls: SandboxFusion servers; empty: the embedded executor.
+    urls: SandboxFusion servers; empty for the embedded executor.
     max_active: runs at once; 0: twice the cores (embedded), 128 (remote). Further runs wait in order.
-    unsafe_no_isolation: run even where nothing isolates; recorded in the sandbox's `metadata`.
+    unsafe_no_isolation: run even if nothing isolates; recorded in `metadata`.
     token: bearer token of the remote servers; "": none.
     """
 
@@ -28,13 +28,13 @@ class SandboxSpec:
 def open_sandbox(spec: SandboxSpec | None = None) -> Sandbox:
     """Opens a sandbox.
 
-    The embedded one attacks itself with canaries first (under a second) and takes the strongest isolation that holds.
+    The embedded sandbox first attacks itself with canaries (under a second) and uses the strongest plan that holds.
 
     Args:
-        spec: which one; None: the embedded executor with its defaults.
+        spec: None for the embedded executor with its defaults.
 
     Returns:
-        A sandbox, to be closed: `async with open_sandbox(spec) as sandbox`.
+        A sandbox, to close after use: `async with open_sandbox(spec) as sandbox`.
 
     Raises:
         UserError: nothing isolates on this machine, or it is not Linux.
@@ -44,6 +44,6 @@ def open_sandbox(spec: SandboxSpec | None = None) -> Sandbox:
         from open_agentrl_jax.sandbox.remote import Remote
 
         return Remote(spec.urls, max_active=spec.max_active, token=spec.token)
-    from open_agentrl_jax.sandbox import probes  # the executor is Linux's alone
+    from open_agentrl_jax.sandbox import probes  # the executor exists on Linux only
 
     return probes.open_embedded(max_active=spec.max_active, unsafe_no_isolation=spec.unsafe_no_isolation)

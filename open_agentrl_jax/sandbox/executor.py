@@ -1,7 +1,7 @@
-"""The embedded executor: keeps fork servers, queues runs in order, moves code in and output out.
+"""The embedded executor: keeps fork servers, queues runs in order, sends code and reads output.
 
-All of it lives in one thread with an event loop of its own, so that any loop, and any number of them, may call. The
-process it lives in never forks: fork servers are started by exec.
+It runs in one thread with its own event loop, which any number of loops may call. Its process never forks: fork servers
+are started by exec.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from open_agentrl_jax.sandbox.session import LIFETIME, Session, _Process
 FOLDER = str(pathlib.Path(__file__).parent)
 STARTING = 120.0  # seconds that a fork server may take to warm
 PATIENCE = 120.0  # seconds to wait for a child where the kernel has no room for a process
-SLACK = 10.0  # seconds after which a fork server that reports no end is held dead
+SLACK = 10.0  # seconds after a time limit until a fork server that reports no end counts as dead
 HEAVY = re.compile(r"\b(numpy|sympy|scipy)\b")
 LONGEST_SCAN = 65_536  # characters; a longer program may import in the child
 SESSIONS = 384  # persistent sessions alive at once; further ones wait. A fork server has isolation.IDS user ids
-LONGEST = 1e7  # seconds of a time limit: one that a clock cannot hold would end the fork server
-LARGEST_MB = 1 << 20  # a greater memory limit limits nothing
+LONGEST = 1e7  # seconds of a time limit; one that a clock cannot represent would end the fork server
+LARGEST_MB = 1 << 20  # MiB; a larger memory limit has no effect
 
 
 class Died(Exception):
-    """A fork server went away under a run."""
+    """A fork server ended during a run."""
 
 
 def tier_of(code: str) -> str:
-    """The least tier that has imported what a program imports, by its syntax tree."""
+    """Returns the smallest tier that has what a program imports, according to its syntax tree."""
     if len(code) > LONGEST_SCAN or not HEAVY.search(code):  # most programs need no parse
         return "bare"
     packages = {name.split(".")[0] for name in child.imported(code)}
@@ -51,14 +51,14 @@ def tier_of(code: str) -> str:
 
 
 class Stream:
-    """Head and tail of what a program wrote."""
+    """Head and tail of a program's output."""
 
     def __init__(self, descriptor: int, flooded: Callable[[], None], limit: int = KEPT):
         self.descriptor, self.flooded, self.size, self.limit = descriptor, flooded, 0, limit
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bytes | None:
-        """Takes what is there: None if nothing is, b"" at the end."""
+        """Reads what is available: None if nothing is, b"" at the end."""
         try:
             data = os.read(self.descriptor, KEPT)
         except BlockingIOError:
@@ -74,7 +74,7 @@ class Stream:
         return data
 
     def kept(self) -> bytes:
-        """What is kept, with a note of what is not."""
+        """Returns the kept output, with a note of what is missing."""
         return head_and_tail(bytes(self.head + self.tail), self.limit, self.size)
 
 
@@ -89,7 +89,7 @@ class ForkServer:
         self.dead = False
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Starts taking its reports."""
+        """Starts reading its reports."""
         self.loop = loop
         loop.add_reader(self.control, self._hear)
 
@@ -114,7 +114,7 @@ class ForkServer:
             future.set_result(report)
 
     def send(self, **order: Any) -> None:
-        """Sends an order, later where the socket is full just now; a dead server is noticed by its silence."""
+        """Sends an order, later if the socket is full; a dead server is noticed when it reports nothing."""
         try:
             self.control.send(json.dumps(order).encode())
         except BlockingIOError:
@@ -123,7 +123,7 @@ class ForkServer:
             pass
 
     async def take(self) -> tuple[int, socket.socket]:
-        """A fresh child; another one is forked in its place, ahead of need."""
+        """Returns a fresh child, and orders the next one ahead of need."""
         if self.dead:
             raise Died
         self.send(fork=1)
@@ -134,7 +134,7 @@ class ForkServer:
         return await future
 
     def end(self) -> None:
-        """Lets it go: the closed socket ends it and all of its children."""
+        """Closes the socket, which ends the server and all of its children."""
         if self.dead:
             return
         self.dead = True
@@ -147,7 +147,7 @@ class ForkServer:
             self.ready.popleft()[1].close()
 
     def reap(self) -> None:
-        """Waits for its process, by force after a while."""
+        """Waits for its process and kills it after 5 seconds."""
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -156,7 +156,7 @@ class ForkServer:
 
 
 def search_path() -> list[str]:
-    """Where programs import third-party modules from: site-packages, and nothing of the caller's project."""
+    """Directories that programs import third-party modules from: site-packages, nothing of the caller's project."""
     return [path for path in sys.path if pathlib.PurePath(path).name in ("site-packages", "dist-packages")]
 
 
@@ -164,7 +164,7 @@ def start(plan: isolation.Plan, tier: str) -> ForkServer:
     """Starts a fork server and waits until it is warm.
 
     Raises:
-        OSError: it could not be started so.
+        OSError: it could not start under this plan.
     """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-S", "-s", "-P", "-B", "-c", forkserver.BOOT, FOLDER, str(there.fileno())]
@@ -174,7 +174,7 @@ def start(plan: isolation.Plan, tier: str) -> ForkServer:
             env=forkserver.ENVIRONMENT,
             cwd="/",
             pass_fds=[there.fileno()],
-            start_new_session=True,  # a Ctrl-C for the trainer is not for it
+            start_new_session=True,  # Ctrl-C in the trainer must not reach it
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -199,7 +199,7 @@ def start(plan: isolation.Plan, tier: str) -> ForkServer:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One program with all that it needs."""
+    """One program and its limits."""
 
     code: str
     stdin: str
@@ -211,7 +211,7 @@ class Request:
     session: bool = False  # the child waits for cells instead of running `code`
 
     def fault(self) -> str:
-        """What is wrong with it, for which it is refused; "" where nothing is."""
+        """The reason to refuse it; "" if it is valid."""
         if not self.timeout <= LONGEST:  # NaN is neither less nor more
             return f"timeout: seconds up to {LONGEST:g}, not {self.timeout}"
         if not self.memory_mb >= 1:
@@ -225,7 +225,7 @@ class Request:
         return ""
 
     def packed(self) -> bytes:
-        """As a child reads it."""
+        """Serialises it for `child.receive`."""
         body = marshal.dumps(
             {
                 "code": self.code.encode("utf-8", "surrogatepass"),
@@ -244,7 +244,7 @@ class Embedded(Background):
     """The embedded executor under one plan of isolation.
 
     Args:
-        plan: how to isolate; `probes.choose` finds the best that holds here.
+        plan: how to isolate; `probes.survey` finds the strongest one that holds.
         max_active: runs at once; 0: twice the cores.
     """
 
@@ -343,7 +343,7 @@ class Embedded(Background):
             return Result("infrastructure", None, "", reason, 0.0)
 
     async def _server(self, tier: str) -> ForkServer:
-        """The fork server of a tier, started or restarted where it must be."""
+        """Returns the fork server of a tier; starts or restarts it if needed."""
         task = self._servers.get(tier)
         if task is None or (task.done() and not _alive(task)):
             if task is not None:
@@ -369,7 +369,7 @@ class Embedded(Background):
         flooded = asyncio.Event()
 
         def flood() -> None:
-            if not flooded.is_set():  # once: orders without end would fill the socket
+            if not flooded.is_set():  # once: repeated orders would fill the socket
                 flooded.set()
                 server.send(kill=pid)
 
@@ -411,7 +411,7 @@ class Embedded(Background):
             self.loop.remove_reader(stream.descriptor)
 
     async def _hand_over(self, channel: socket.socket, data: bytes, descriptors: list[int]) -> None:
-        """Sends the request and the writing ends; a child that is gone already is told by its end."""
+        """Sends the request and the writing ends of the pipes; if the child is gone, its end is reported."""
         try:
             for descriptor in descriptors:
                 os.set_blocking(descriptor, True)
@@ -441,7 +441,9 @@ class Embedded(Background):
             return Result("memory", 1, "", "MemoryError: the source does not fit\n", report["seconds"])
         if said.startswith(b"r"):
             return Result("refused", None, "", said[1:].decode("utf-8", "replace"), report["seconds"])
-        if said != b"k" and not report["late"]:  # a very short time may be over before the isolation is told
+        if (
+            said != b"k" and not report["late"]
+        ):  # a very short time limit may pass before the child reports its isolation
             raise OSError(f"a child could not be isolated: {said[1:].decode('utf-8', 'replace') or 'it ended early'}")
         out, err = (stream.kept() for stream in streams)
         code = report["code"]
@@ -464,7 +466,7 @@ def _alive(task: asyncio.Task[ForkServer]) -> bool:
 
 
 def _hear(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """All that a child said before its program started."""
+    """Reads what a child sent before its program started."""
     said, descriptors = b"", []
     with contextlib.suppress(OSError):
         while True:

@@ -1,10 +1,10 @@
-"""A fork server: a small, clean process of one thread that has warmed a tier and forks a fresh child for every run.
+"""A fork server: a small process of one thread that warms a tier and forks a fresh child for every run.
 
-It never sees a program or an output: a child's memory is a copy of its own, so it must hold nothing worth reading. It
-forks children ahead, hands each one's socket to the executor, watches deadlines and reaps. Standard library only; it is
-started by `BOOT`, which loads this folder alone, never the package around it.
+It never sees a program or its output: a child's memory is a copy of its own, so it must hold nothing worth reading. It
+forks children ahead of need, sends each one's socket to the executor, enforces deadlines and reaps. Standard library
+only; `BOOT` loads this folder alone, not the package around it.
 
-Messages on the control socket are JSON, one a packet: down {"fork": n} | {"start": pid, "timeout": s} | {"kill": pid}
+Messages on the control socket are JSON, one per packet: down {"fork": n} | {"start": pid, "timeout": s} | {"kill": pid}
 | {"interrupt": pid};
 up {"world": {...}} | {"failed": text} | {"ready": pid} with the child's socket | {"exit": pid, "code": c, ...}.
 """
@@ -58,7 +58,7 @@ def main(descriptor: int) -> None:
     """Serves until the control socket closes."""
     control = socket.socket(fileno=fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 5))
     os.close(descriptor)
-    for reserved in (3, 4):  # a child's channel and ruleset go there
+    for reserved in (3, 4):  # for a child's channel and ruleset
         os.dup2(0, reserved)
     order = json.loads(control.recv(PACKET))
     plan = isolation.Plan(**order["plan"])
@@ -69,7 +69,7 @@ def main(descriptor: int) -> None:
             _become_first_process(control)
         child.warm(order["tier"])
         world = isolation.enter(plan, sys.path)
-    except Exception as error:  # whatever it is, the executor tells it
+    except Exception as error:  # the executor reports it
         control.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()[:PACKET])
         return
     sys.argv = [child.NAME]
@@ -93,11 +93,11 @@ def main(descriptor: int) -> None:
     try:
         Server(control, world).serve()
     finally:
-        os._exit(0)  # the interpreter's own end counts on counts
+        os._exit(0)  # the interpreter's own shutdown relies on reference counts
 
 
 def _become_first_process(control: socket.socket) -> None:
-    """Forks the first process of the new pid namespace; this one only waits for it."""
+    """Forks the first process of the new pid namespace, and only waits for it."""
     pid = os.fork()
     if pid:
         control.close()
@@ -122,10 +122,10 @@ class Server:
         self.status.setblocking(False)
 
     def serve(self) -> None:
-        """Until the executor goes away, upon which all children end."""
+        """Serves until the executor closes the socket; then all children end."""
         try:
             self._loop()
-        except OSError:  # it went away while we spoke
+        except OSError:  # the executor closed the socket during a message
             pass
         finally:
             for pid in self.children:
@@ -154,7 +154,7 @@ class Server:
                 break
 
     def _obey_all(self) -> bool:
-        """Obeys what has come; False once the executor went away."""
+        """Processes all pending orders; returns False once the executor closed the socket."""
         with contextlib.suppress(BlockingIOError):
             while packet := self.control.recv(PACKET, socket.MSG_DONTWAIT):
                 self._obey(json.loads(packet))
@@ -171,7 +171,7 @@ class Server:
             if order["interrupt"] in self.children:
                 with contextlib.suppress(OSError):
                     os.kill(order["interrupt"], signal.SIGINT)
-        elif order["start"] not in self.children:  # it ended before its time began, and its number may be another's now
+        elif order["start"] not in self.children:  # it ended before its clock started, and its pid may be reused
             self._report(order["start"], -signal.SIGKILL)
         else:
             self.starts[order["start"]] = now = time.monotonic()
@@ -200,7 +200,7 @@ class Server:
             raise BlockingIOError(error.errno, error.strerror) from error
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # the public one's enumerations would be copied
+            _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # the public module's enums would cost copied pages
             os.close(self.control.detach())
             os.close(here.detach())
             child.main(self.world, slot, there, os.dup(self.children_status.fileno()))
@@ -278,9 +278,9 @@ class Server:
             if ended is None:
                 return
             if ended.si_pid in self.children and ended.si_pid not in self.starts:
-                self._obey_all()  # its clock was ordered to start before it got its program: the order waits
-            pid, status, usage = os.wait4(ended.si_pid, 0)  # only now may its number become another's
-            if pid not in self.children:  # a process that a child without isolation left behind
+                self._obey_all()  # the order to start its clock is still pending
+            pid, status, usage = os.wait4(ended.si_pid, 0)  # only now may its pid be reused
+            if pid not in self.children:  # an orphan of a child without isolation
                 continue
             del self.children[pid]
             for kept in (self.deadlines, self.limits, self.cpu):

@@ -1,9 +1,9 @@
-"""Makes what a fork server holds immortal, so that its children write no reference counts: each such page is a copy.
+"""Makes a fork server's objects immortal, so that children write no reference counts, which would copy pages.
 
 CPython from 3.12 on leaves the count of an immortal object alone (PEP 683): the lower 32 bits of the count, read as a
-signed number, are negative. Nothing but the count is changed here, and only ever to the one that `None` has. Two things
-follow for a child: the objects never go away, and `sys.getrefcount` tells that number. Whoever has done this ends by
-`os._exit`: the interpreter's own end counts on counts. Standard library only: this runs inside the fork servers.
+signed number, are negative. This module changes only the count, and only to that of `None`. For a child,
+such objects are never freed, and `sys.getrefcount` returns that number. The process must end by `os._exit`, because the
+interpreter's shutdown relies on reference counts. Standard library only: this module runs inside the fork servers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types
 
 
 def marker() -> int | None:
-    """The lower half of an immortal object's count; None: this interpreter has none, or lays objects out otherwise."""
+    """Lower half of an immortal object's count; None if this interpreter has none or another object layout."""
     usual = (
         sys.implementation.name == "cpython"
         and sys.version_info >= (3, 12)
@@ -30,10 +30,10 @@ def marker() -> int | None:
 
 
 def make_immortal() -> int:
-    """Makes every object immortal that the garbage collector knows, and all that they refer to.
+    """Makes every object that the garbage collector tracks immortal, and all that they refer to.
 
     Returns:
-        How many objects are new among the immortal.
+        Number of objects that became immortal.
     """
     if (count := marker()) is None:
         return 0
@@ -48,7 +48,7 @@ def make_immortal() -> int:
         total += len(fresh)
         found = gc.get_referents(*fresh)
         for thing in fresh:
-            if isinstance(thing, types.CodeType):  # which the collector does not look into
+            if isinstance(thing, types.CodeType):  # which the collector does not traverse
                 found += (thing.co_consts, thing.co_names, thing.co_name, thing.co_qualname, thing.co_filename)
                 found += (thing.co_linetable, thing.co_exceptiontable)
     return total

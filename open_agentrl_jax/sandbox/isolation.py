@@ -1,9 +1,8 @@
-"""Plans of isolation, from the strongest down, and the two moments at which one acts.
+"""Plans of isolation, strongest first, and the functions that apply one.
 
-`enter` shapes the world of a fork server, once; `settle` and `lock` shut one child in, in this order: private file
-system, limits, user id and capabilities, no_new_privs and dumpable, descriptors, Landlock, seccomp. Which plan holds on
-a machine is found by attacking it (probes.py), never by reading versions. Standard library only: this runs inside the
-fork servers.
+`enter` prepares a fork server once. `settle` and `lock` isolate one child, in this order: private file system, limits,
+user id and capabilities, no_new_privs and dumpable, descriptors, Landlock, seccomp. Which plan holds is found by
+attacking it (probes.py), never by reading versions. Standard library only: this module runs inside the fork servers.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ INSIDE_ID = 1000  # the user id that a program sees where a user namespace hides
 class Plan:
     """One way to isolate.
 
-    namespaces: "root": made with root's own rights | "user": through user namespaces | "": none.
-    landlock: whether Landlock must be there (with namespaces it is taken where it is).
-    private_id: programs run under a user id of their own, which only root can give.
-    chroot: programs see an empty directory, and what they import is imported before.
+    namespaces: "root": created with root's rights | "user": through user namespaces | "": none.
+    landlock: Landlock is required (with namespaces it is used if available).
+    private_id: each program runs under its own user id, which needs root.
+    chroot: programs see an empty directory; what they import is imported before.
     newest_abi: the newest Landlock ABI to use; tests lower it to act as an older kernel.
     """
 
@@ -63,7 +62,7 @@ class Plan:
 
     @property
     def disk(self) -> bool:
-        """Whether a program has a directory to write to: only one whose size is capped."""
+        """Whether a program has a directory to write to, whose size is capped."""
         return bool(self.namespaces)
 
 
@@ -79,38 +78,38 @@ PLANS = (
 
 @dataclasses.dataclass
 class World:
-    """What a fork server has prepared for its children."""
+    """What a fork server prepares for its children."""
 
     plan: Plan
-    proc: int  # descriptor of /proc, from before it was left behind
+    proc: int  # descriptor of the host's /proc
     rules: list[tuple[int, int]]  # for Landlock
     abi: int
     first_id: int  # user ids of children: first_id + slot
-    ids: tuple[int, int]  # own user and group id, as the outside sees them
+    ids: tuple[int, int]  # own user and group id on the host
     keeps: tuple[int, ...]  # capabilities that a child keeps
     empty: str  # path of the empty root; the fork server removes it
     program: bytes
     holes: list[int]
-    limits: list[tuple[int, int]]  # (resource, value): those that are the same for every run
+    limits: list[tuple[int, int]]  # (resource, value) of the limits that are the same for every run
     cores: int
     below_tmp: list[str]  # readable directories below /tmp, which a child's own /tmp would hide
     ids_lock: int  # descriptor whose lock reserves the range of user ids; -1: none
-    address_space: int = 0  # bytes that a child has before it does anything
+    address_space: int = 0  # bytes of a fresh child
 
     def in_proc(self, path: str, flags: int = os.O_RDONLY) -> int:
-        """Opens a file of /proc, which no child can."""
+        """Opens a file of /proc, which programs cannot."""
         return os.open(path, flags, dir_fd=self.proc)
 
 
 def libraries() -> list[str]:
-    """Directories that this process has loaded shared libraries from, and Python's own."""
+    """Directories of the shared libraries that this process has loaded."""
     with open("/proc/self/maps") as maps:
         paths = {line.split(maxsplit=5)[5].strip() for line in maps if ".so" in line}
     return [path for path in {os.path.dirname(path) for path in paths} if path.startswith("/")]
 
 
 def readable(search: list[str]) -> list[str]:
-    """What programs may read: Python's modules, the shared libraries, time zones; no directory within another."""
+    """What programs may read: Python's modules, shared libraries, time zones; no directory inside another."""
     wanted = sorted(
         {os.path.abspath(path) for path in [*search, *libraries(), "/usr/share/zoneinfo"] if os.path.isdir(path)}
     )
@@ -136,7 +135,7 @@ def _map_ids(proc: int, uid: int, gid: int) -> None:
 
 
 def leave(plan: Plan) -> None:
-    """Leaves the host's namespaces; the next child forked is the first process of its own."""
+    """Leaves the host's namespaces; the next forked child is the first process of the new pid namespace."""
     if not plan.namespaces:
         return
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
@@ -148,7 +147,7 @@ def leave(plan: Plan) -> None:
 
 
 def _new_root(read: list[str]) -> None:
-    """Builds a read-only root of the readable directories and a few devices, and moves into it."""
+    """Builds a read-only root from the readable directories and a few devices, and moves into it."""
     linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     free = [p for p in ROOTS if os.path.isdir(p) and not any(path.startswith(p + "/") for path in read)]
     if not free:
@@ -211,10 +210,10 @@ def reserve_ids() -> tuple[int, int]:
 
 
 def enter(plan: Plan, search: list[str]) -> World:
-    """Shapes the fork server's world, after all modules are imported.
+    """Prepares the fork server, after all modules are imported.
 
     Args:
-        plan: the plan; with namespaces, `leave` and a fork came before.
+        plan: the plan; with namespaces, call `leave` and fork before.
         search: directories that Python imports from.
 
     Raises:
@@ -231,7 +230,7 @@ def enter(plan: Plan, search: list[str]) -> World:
     read = readable(search)
     keeps = ()
     if plan.landlock and plan.private_id and not all(_others_may_read(path) for path in read):
-        keeps = (linux.CAP_DAC_READ_SEARCH,)  # Landlock, not the mode of /root, then says what may be read
+        keeps = (linux.CAP_DAC_READ_SEARCH,)  # Landlock, not the mode of /root, decides what may be read
     if plan.namespaces:
         _new_root(read)
         linux.set_hostname("sandbox")
@@ -247,7 +246,7 @@ def enter(plan: Plan, search: list[str]) -> World:
         empty = tempfile.mkdtemp(prefix="empty-root-")
         os.chmod(empty, 0o555)
     program, holes = seccomp.assemble(disk=plan.disk, truncates=plan.disk or plan.chroot or abi >= 3)
-    limits, cores = _fixed_limits(), os.cpu_count() or 1  # once: a child pays for each page that it touches
+    limits, cores = _fixed_limits(), os.cpu_count() or 1  # computed once: each page that a child touches costs time
     below = _below_tmp(read) if plan.disk else []
     return World(
         plan, proc, rules, abi, first, (uid, gid), keeps, empty, program, holes, limits, cores, below, lock_file
@@ -282,7 +281,7 @@ def _threads(world: World) -> int:
 
 
 def settle(world: World, slot: int) -> None:
-    """Gives a fresh child its file system; it does not yet know its program."""
+    """Gives a fresh child its file system, before it receives its program."""
     plan = world.plan
     with contextlib.suppress(OSError):  # short of memory, the kernel kills the program, not the trainer
         _in_proc_self(world.proc, "oom_score_adj", "1000")
@@ -304,7 +303,7 @@ def settle(world: World, slot: int) -> None:
 
 
 def lock(world: World, slot: int, *, memory_mb: int, timeout: float) -> None:
-    """Shuts the child in, for good; of its descriptors only 0 to 3 stay open.
+    """Isolates the child for good; only descriptors 0 to 3 stay open.
 
     Args:
         world: what the fork server prepared.
@@ -346,7 +345,7 @@ def lock(world: World, slot: int, *, memory_mb: int, timeout: float) -> None:
 
 
 def _fixed_limits() -> list[tuple[int, int]]:
-    """(resource, value) of the limits that are the same for every run, none above what this process has itself."""
+    """(resource, value) of the limits that are the same for every run, none above this process's own."""
     limits = {
         "FSIZE": DISK_MB * 2**20,
         "NOFILE": DESCRIPTORS,
@@ -382,5 +381,5 @@ def _limit(world: World, memory: int, timeout: float, threads: int) -> None:
 
 
 def isolates() -> bool:
-    """Whether this system can run the embedded executor at all."""
+    """Whether this system can run the embedded executor."""
     return sys.platform == "linux"

@@ -1,4 +1,4 @@
-"""The few kernel calls that Python lacks, by ctypes. Standard library only: this runs inside the fork servers."""
+"""Kernel calls that Python lacks, through ctypes. Standard library only: this module runs inside the fork servers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 22, 38
 CAP_DAC_READ_SEARCH = 2
 
-# Landlock: what may be asked of each ABI version, from the kernel's own header.
+# Landlock: access rights of each ABI version, from the kernel's header.
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 MAKE_CHAR, MAKE_SOCK, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 11
 READ = READ_FILE | READ_DIR
@@ -41,13 +41,13 @@ HUGE = 2 << 20  # bytes of a huge page
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_holding = ctypes.PyDLL(None, use_errno=True)  # the same, called without letting go of the interpreter's lock
+_holding = ctypes.PyDLL(None, use_errno=True)  # the same, called while holding the GIL
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 
 def check(result: int) -> int:
-    """Returns the result of a C call, or raises the OSError that errno tells."""
+    """Returns the result of a C call, or raises OSError from errno."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -57,13 +57,13 @@ def check(result: int) -> int:
 def fork() -> int:
     """fork(2) for a process of one thread, without what Python and its modules do around `os.fork`.
 
-    Their locks are free then, and the generators are reseeded later; doing it anyway would copy 120 pages a child.
+    Their locks are free at that time, and the generators are reseeded later; it would copy 120 pages per child.
     """
     return check(_holding.fork())
 
 
 def use_huge_pages(maps: str) -> None:
-    """Gathers this process's memory into huge pages where the kernel has them: fewer page tables to copy a fork.
+    """Moves this process's memory into huge pages if the kernel has them: fewer page tables to copy per fork.
 
     Args:
         maps: the content of /proc/self/maps.
@@ -73,12 +73,12 @@ def use_huge_pages(maps: str) -> None:
         first, last = (int(address, 16) for address in span.split("-"))
         first, last = -(-first // HUGE) * HUGE, last // HUGE * HUGE
         if mode == "rw-p" and name in ([], ["[heap]"]) and first < last:
-            for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):  # a refusal costs time, nothing else
+            for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):  # a refusal is harmless
                 _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def unshare(*names: str) -> None:
-    """Leaves the named namespaces (keys of CLONE)."""
+    """Enters new namespaces of the named kinds (keys of CLONE)."""
     check(_libc.unshare(sum(CLONE[name] for name in names)))
 
 
@@ -88,7 +88,7 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
 
 
 def bind(source: str, target: str, *, read_only: bool = True) -> None:
-    """Shows `source`, and all that is mounted below it, at `target`."""
+    """Binds `source`, including mounts below it, to `target`."""
     mount(source, target, flags=MS_BIND | MS_REC)
     if (
         read_only
@@ -98,7 +98,7 @@ def bind(source: str, target: str, *, read_only: bool = True) -> None:
 
 
 def pivot(root: str) -> None:
-    """Makes `root`, a mount, the root of this mount namespace; what was there before is gone."""
+    """Makes the mount `root` the root of this mount namespace and detaches the old one."""
     os.chdir(root)
     check(_syscall(155 if X86 else 41, b".", b"."))
     check(_libc.umount2(b".", MNT_DETACH))
@@ -116,7 +116,7 @@ def prctl(option: int, argument: int = 0) -> None:
 
 
 def set_capabilities(*kept: int) -> None:
-    """Drops every capability but the kept numbers (all below 32)."""
+    """Drops every capability except the kept numbers (all below 32)."""
     mask = sum(1 << number for number in kept)
     check(_libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", mask, mask, 0, 0, 0, 0)))
 
@@ -128,12 +128,12 @@ def close_from(first: int) -> None:
 
 
 def landlock_abi() -> int:
-    """The Landlock version of this kernel; 0: none."""
+    """Landlock ABI version of this kernel; 0 if it has none."""
     return max(_syscall(444, None, ctypes.c_size_t(0), 1), 0)
 
 
 def landlock_ruleset(abi: int, rules: list[tuple[int, int]]) -> int:
-    """A ruleset that denies all but the rules: no other file, TCP port, abstract socket, or signal to the outside.
+    """Creates a ruleset that denies all but the rules: other files, TCP ports, abstract sockets, signals to outside.
 
     Args:
         abi: of `landlock_abi`.
@@ -152,12 +152,12 @@ def landlock_ruleset(abi: int, rules: list[tuple[int, int]]) -> int:
 
 
 def landlock_enter(ruleset: int) -> None:
-    """Puts this thread under a ruleset, for good; needs no_new_privs."""
+    """Applies a ruleset to this thread for good; needs no_new_privs."""
     check(_syscall(446, ruleset, 0))
 
 
 def seccomp_enter(program: bytes) -> None:
-    """Puts this thread under a filter (struct sock_filter instructions), for good; needs no_new_privs."""
+    """Applies a filter (struct sock_filter instructions) to this thread for good; needs no_new_privs."""
     code = ctypes.create_string_buffer(program, len(program))
     head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
     check(_libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), head, ctypes.c_ulong(0), ctypes.c_ulong(0)))

@@ -1,8 +1,7 @@
-"""Finds the strongest plan that holds on this machine, by attacking it: small canary programs, run as any program is.
+"""Finds the strongest plan that holds on this machine by attacking it with canary programs.
 
-A canary is Python that succeeds only where the wall is missing, and does no harm even then; contained means that it
-raised. A machine's level is that of the first plan under which every canary is contained. Level C, which has no walls,
-is not attacked.
+A canary is Python code that succeeds only if a protection is missing, and does no harm even then; it is contained if
+it raises. The level is that of the first plan under which every canary is contained. Level C is not attacked.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from open_agentrl_jax.sandbox import isolation
 from open_agentrl_jax.sandbox.executor import Embedded
 from open_agentrl_jax.types import UserError
 
-# What each canary finds: `at` (facts about the host), `call(number, *arguments)` (a raw system call that must succeed).
+# Names that canaries use: `at` (facts about the host), `call(number, *arguments)` (raises unless the call succeeds).
 PRELUDE = """
 import ctypes, email.mime, fcntl, json, os, resource, signal, socket, subprocess, sys, threading, time
 at = json.load(sys.stdin)
@@ -115,7 +114,7 @@ MEMORY_MB = 512
 
 @dataclasses.dataclass
 class Findings:
-    """What became of the canaries under one plan: name -> how it was contained, or "" where it escaped."""
+    """Outcomes of the canaries under one plan: name -> the exception that contained it, "" if it escaped."""
 
     plan: isolation.Plan
     canaries: dict[str, str]
@@ -128,7 +127,7 @@ class Findings:
 
     @property
     def why_not(self) -> str:
-        """What is missing, in a few words."""
+        """The failure, or the canaries that escaped."""
         return self.failure or ", ".join(f"a program {name}" for name, how in self.canaries.items() if not how)
 
 
@@ -185,7 +184,7 @@ def survey(*, max_active: int = 0, all_plans: bool = False) -> tuple[Embedded | 
 
     Args:
         max_active: for the executor.
-        all_plans: attack every plan, for a report; no executor is returned then.
+        all_plans: attack every plan, for a report; returns no executor.
 
     Returns:
         (an executor under the first plan that holds or None, the findings so far).
@@ -211,7 +210,7 @@ def open_embedded(*, max_active: int = 0, unsafe_no_isolation: bool = False) -> 
     """Opens the embedded executor under the strongest plan that holds here.
 
     Raises:
-        UserError: nothing isolates here, and nobody said that this is fine.
+        UserError: nothing isolates on this machine, and `unsafe_no_isolation` is not set.
     """
     if sys.platform != "linux":
         raise UserError(

@@ -1,7 +1,7 @@
-"""A client of SandboxFusion servers, ours or theirs: several URLs, retries, deadlines.
+"""A client of SandboxFusion servers, this package's or others: several URLs, retries, deadlines.
 
-Whatever goes wrong between us and the program (no answer, 429, 5xx, SandboxError) is tried again, elsewhere if there is
-an elsewhere, and is at last an infrastructure failure: never the model's.
+Faults between client and program (no answer, 429, 5xx, SandboxError) are retried, on another server if there is one,
+and end as status "infrastructure": they are never the program's fault.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from open_agentrl_jax.types import UserError
 IN_FLIGHT = 128
 ATTEMPTS = 8
 WAITING = 30.0  # seconds that a server may let a run wait beyond its own time limit
-COOLING = 5.0  # seconds without runs for a server that failed; then it is pinged first
+COOLING = 5.0  # seconds without runs for a server that failed; then a ping comes first
 LARGEST = 256 * 2**20  # bytes of an answer that are read, files included; more is a fault of the server
 LARGEST_TEXT = 32 * 2**20  # the same where no files and no long output were requested
 PAUSE, LONGEST_PAUSE = 0.2, 8.0  # seconds before the second attempt, doubled for each further one up to the longest
 
 
 class Fault(Exception):
-    """A fault between us and the program."""
+    """A fault between client and program."""
 
 
 @dataclasses.dataclass
 class Server:
-    """One URL: how many runs it has, and since when it may be asked again."""
+    """One URL, its number of runs, and when it may be tried again."""
 
     url: str
     running: int = 0
@@ -47,10 +47,10 @@ class Server:
 
 
 def server_url(text: str) -> str:
-    """The base of a server's URL; `.../run_code` is accepted too.
+    """Returns the base of a server's URL; accepts `.../run_code` too.
 
     Raises:
-        UserError: it is no HTTP URL.
+        UserError: it is not an HTTP URL.
     """
     url = text.strip().rstrip("/").removesuffix("/run_code")
     try:
@@ -58,7 +58,7 @@ def server_url(text: str) -> str:
     except httpx.InvalidURL:
         usable = False
     if not usable:
-        raise UserError(f"sandbox.urls: {text!r} is no URL of a server; write it as http://host:port")
+        raise UserError(f"sandbox.urls: {text!r} is not a server's URL; write it as http://host:port")
     return url
 
 
@@ -80,7 +80,7 @@ class Remote(Background):
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.max_active),
-            trust_env=False,  # a proxy of the environment's is not for machines of our own
+            trust_env=False,  # the environment's proxy is not meant for the cluster's own machines
         )
 
     @property
@@ -129,7 +129,7 @@ class Remote(Background):
         )
 
     async def ping(self) -> list[bool]:
-        """Which servers answer."""
+        """Whether each server answers."""
         return await self.here(self._ping_all())
 
     async def _ping_all(self) -> list[bool]:
@@ -163,7 +163,7 @@ class Remote(Background):
             return Result("infrastructure", None, "", reason or "no time left", time.monotonic() - started)
 
     async def _choose(self) -> Server:
-        """The least busy server that works; one that failed must answer a ping first, at once if no other is left."""
+        """Returns the least busy server; one that failed must answer a ping first, at once if no other is left."""
         now = time.monotonic()
         busy = sorted(self.servers, key=lambda server: (server.again_at > now, server.running))
         for server in busy:
@@ -205,10 +205,10 @@ class Remote(Background):
             raise Fault(f"{server.url}: an answer that cannot be read: {error}") from error
 
     async def _post(self, url: str, body: bytes, patience: float, largest: int) -> tuple[int, bytes]:
-        """Status and content of an answer, which may be endless.
+        """Returns status and content of an answer, which may be endless.
 
         Raises:
-            Fault: it is too large.
+            Fault: it is larger than `largest` bytes.
         """
         headers = {"Content-Type": "application/json"}
         async with self._client.stream("POST", url, content=body, headers=headers, timeout=patience) as answer:
@@ -243,7 +243,7 @@ def read_answer(answer: dict[str, Any], fetch: Sequence[str] = ()) -> Result:
 
 
 def _cut(result: Result, max_output: int) -> Result:
-    """The result with no more text than was asked for."""
+    """Returns the result with no more text than requested."""
     out, err = (text.encode("utf-8", "replace") for text in (result.stdout, result.stderr))
     if len(out) <= max_output and len(err) <= 2 * KEPT:
         return result

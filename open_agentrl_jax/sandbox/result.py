@@ -1,4 +1,4 @@
-"""What a run gives back, and what a sandbox is."""
+"""The result of a run, and the protocol of a sandbox."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ LEAST_OUTPUT = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a program did.
+    """The outcome of a program.
 
-    `status`: "finished" (it ended by itself, whatever its return code, or flooded its output and was stopped) |
-    "timeout" | "memory" | "refused" (the sandbox does not run such a thing) | "infrastructure" (a fault of ours or of
-    the network, never the model's). `return_code` is negative where a signal ended it, None where it never ran.
-    `seconds` is wall time. `files` are those that were asked for and are there. `truncated` is True where stdout was
-    longer than `max_output` and lost its middle.
+    `status`: "finished" (it ended, with any return code, or was stopped for flooding its output) | "timeout" |
+    "memory" | "refused" (an invalid request) | "infrastructure" (a fault of sandbox or network, never of the program).
+    `return_code` is negative if a signal ended the program, None if it never ran. `seconds` is wall time. `files` are
+    the requested files that exist. `truncated` is True if stdout was longer than `max_output` and lost its middle.
     """
 
     status: str
@@ -48,7 +47,7 @@ def head_and_tail(text: bytes, limit: int, size: int | None = None) -> bytes:
 
 
 def out_of_memory(stderr: str) -> bool:
-    """Whether a traceback ends in a MemoryError, numpy's own included."""
+    """Whether a traceback ends in a MemoryError, including numpy's own."""
     return bool(re.match(r"([\w.]+\.)?_?(Array)?MemoryError\b", stderr.rstrip().rpartition("\n")[2]))
 
 
@@ -78,7 +77,7 @@ class Sandbox(Protocol):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What isolates (level, plan) or which servers serve, and counts of faults: for the run's records."""
+        """Level and plan, or servers, and counts of outcomes: for the run's records."""
         ...
 
     async def run(
@@ -98,11 +97,11 @@ class Sandbox(Protocol):
             code: the program, run as `python main.py` would.
             stdin: its standard input.
             timeout: seconds of wall time.
-            memory_mb: MiB that it may take beyond what a fresh Python has.
+            memory_mb: MiB of address space beyond what a fresh Python has.
             max_output: bytes of stdout to return, LEAST_OUTPUT to FLOOD; a longer stdout loses its middle. Of stderr
                 KEPT bytes are returned.
-            files: files to lay into its directory before it starts, by relative path.
-            fetch: files to bring back when it has ended, however it ended.
+            files: files to write to its directory before it starts, by relative path.
+            fetch: files to return when it ends, however it ends.
         """
         ...
 
