@@ -84,12 +84,15 @@ def _compared(text: str, truths: list[str]) -> Score:
     if prediction is None:
         return _score(False, "")
     answers, failed = [prediction], False
-    if (together := chain(text.rpartition("</think>")[2])) is not None:
+    body = _single_backslashes(text.rpartition("</think>")[2])
+    if (together := chain(body)) is not None:
         alternatives = re.search(r"\\boxed\{[^{}]*\}[\s$]*(?:\\text\{)?\s*(?:or|或)\b", text[-_TAIL:])
         answers = [together] if alternatives else [prediction, together]  # "3 or 4" does not answer 4
+    elif (sentence := _boxes_of(re.split(r"[!?。\n]|\.\s", body.strip(" .。\n"))[-1])) is not None:
+        answers.append(sentence)  # "\boxed{2} for (a) and \boxed{3} for (b)"
     for answer in answers:
         for truth in truths:
-            boxed = chain(truth) or last_box(truth)
+            boxed = chain(truth) or (_boxes_of(truth) if len(truth) < 200 else None) or last_box(truth)
             try:
                 if equivalent(answer, truth if boxed is None else boxed):
                     return _score(True, answer[:MAX_ANSWER])
@@ -108,7 +111,7 @@ def extract(text: str) -> str | None:
     It is the last box; without one the last "answer is X", "Answer: X", "答案是 X" or "#### X"; else the message itself
     where it is nothing but an answer.
     """
-    body = text.rpartition("</think>")[2]
+    body = _single_backslashes(text.rpartition("</think>")[2])
     boxed = last_box(body)
     if boxed is not None:
         return boxed
@@ -162,6 +165,22 @@ def chain(text: str) -> str | None:
             break
         parts.insert(0, tail[begin:end])
     return ", ".join([*parts, tail[found[-1][1] : found[-1][2]]]) if parts else None
+
+
+def _boxes_of(text: str) -> str | None:
+    """All boxes of a truth or a sentence as one list, whatever stands between; None for fewer than two."""
+    parts, end = [], -1
+    for start, begin, close in _boxes(text[-_TAIL:]):
+        if start > end:  # nested boxes are part of the outer one
+            parts.append(text[-_TAIL:][begin:close])
+            end = close
+    return ", ".join(parts) if len(parts) > 1 else None
+
+
+def _single_backslashes(text: str) -> str:
+    """Text whose boxes are written with doubled backslashes, as in JSON, with single ones."""
+    doubled = "\\\\boxed" in text and not re.search(r"(?<!\\)\\boxed", text)
+    return text.replace("\\\\", "\\") if doubled else text
 
 
 def equivalent(prediction: str, truth: str) -> bool:

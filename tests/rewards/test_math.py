@@ -120,6 +120,12 @@ def test_boxes_joined_by_words_are_one_list_where_a_list_is_asked():
         (r"\boxed{3, -1}", r"\boxed{3} and \boxed{-1}", 1),
         (r"\boxed{3, -1}", r"x=\boxed{3} or x=\boxed{-1}", 1),
         (r"\boxed{3} is wrong, it is \boxed{4}", "4", 1),
+        (r"\boxed{1,2}", r"$\boxed{1}\boxed{2}$", 1),
+        (r"\boxed{1,2}", r"\boxed{1} papers and \boxed{2} bins", 1),
+        (r"\boxed{2}", r"\boxed{1} papers and \boxed{2} bins", 0),
+        (r"$$\boxed{(3, 3)} \text{ for part (a) and } \boxed{(1, 1)}$$", "$$(3, 3), (1, 1)$$", 1),
+        (r"It is $\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}.$", r"(3, \frac{\pi}{2})", 1),
+        (r"It is $\boxed{\begin{pmatrix}1\\2\end{pmatrix}}$", r"\begin{pmatrix}1\\2\end{pmatrix}", 1),
         (r"The answer is \boxed{5}. So the final answer is 6.", "5", 1),  # a box counts over words after it
         (r"The answer is \boxed{5}. So the final answer is 6.", "6", 0),
     ],
