@@ -1,6 +1,6 @@
 """Figures of an evaluation: avg@n, unbiased pass@k, majority votes, and intervals clustered by problem.
 
-Everything is an exact expectation: no random draws, no dependence on the order of samples or of tied votes.
+All figures are exact expectations, without random draws; the order of samples and of tied votes has no effect.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ def summarize(
     *,
     key: Callable[[str], Hashable] | None = None,
 ) -> dict[str, Interval]:
-    """Summarizes n samples of each of p problems.
+    """Summarizes n samples per problem of p problems.
 
     Args:
-        accuracy: [p n], 1 right, 0 wrong, NaN for a sample that could not be graded (left out, never counted as wrong).
-        predictions: [p n] the answers given; "" is no answer and casts no vote.
-        ground_truths: [p] the right answers, used only to check that the three arguments belong together.
-        key: wrong answers with the same key are one answer in a vote; right ones are one answer by the grader's word.
-            None: the spelling that rewards.math makes of them.
+        accuracy: [p n], 1 right, 0 wrong, NaN for a sample that was not graded (left out, never counted as wrong).
+        predictions: [p n] the answers; "" is no answer and casts no vote.
+        ground_truths: [p] the right answers, used only to check that the shapes agree.
+        key: groups the wrong answers of a vote; all right answers are one group. None: rewards.math.canonical.
 
     Returns:
-        "avg@{n}"; for k = 1, 2, 4 ... n: "pass@{k}" (unbiased: the chance that k different samples of the n hold a
-        right one), "maj@{k}" (the chance that the vote of k different samples is right, a tie counting by its share),
-        and for comparison with the reference "bootstrap_best@{k}" and "bootstrap_maj@{k}" (draws WITH replacement,
-        answers compared as strings, no answer being an answer; the reference draws them, we take the limit of many
-        draws). Each is {"value", "low", "high"} with a 95 % interval clustered by problem. A problem with fewer than k
-        graded samples enters with those it has; one without any is left out.
+        "avg@{n}"; for k = 1, 2, 4 ... n: "pass@{k}" (unbiased: the chance that k of the n samples, drawn without
+        replacement, hold a right one), "maj@{k}" (the chance that the vote of k such samples is right; a tie counts by
+        its share), and for comparison with the reference "bootstrap_best@{k}" and "bootstrap_maj@{k}" (drawn WITH
+        replacement, answers compared as strings, "" counted as an answer; the limit of many draws). Each is {"value",
+        "low", "high"} with a 95 % interval clustered by problem. A problem with fewer than k graded samples enters with
+        those it has; one without any is left out.
 
     Raises:
-        ValueError: shapes that do not fit, or nothing graded.
+        ValueError: the shapes disagree, or nothing was graded.
     """
     right = np.asarray(accuracy, np.float64)
     if right.ndim != 2 or not right.size:
@@ -77,24 +76,24 @@ def powers(n: int) -> list[int]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold one of the c right ones (arXiv 2107.03374)."""
+    """The chance that k of n samples, drawn without replacement, hold one of the c right ones (arXiv 2107.03374)."""
     k = min(k, n)
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def vote(classes: Sequence[tuple[int, float]], n: int, k: int, *, replace: bool = False) -> float:
-    """Expected value of the answer that wins a vote of k of n samples; tied answers win with equal chance.
+    """The expected value of the answer that wins a vote of k of n samples; tied answers win with equal chance.
 
     Args:
-        classes: (count, value) of each answer. Counts may sum to less than n: the rest cast no vote.
+        classes: (count, value) of each answer. Counts may sum to less than n; the rest cast no vote.
         n: samples in all, at most about 1000.
         k: voters.
         replace: draw with replacement.
 
     Returns:
         sum over answers of value * P(it wins). Exact: the ways to draw are coefficients of a product of polynomials in
-        x (voters used), one a class. A rival with as many votes as the winner brings a factor u; since the integral of
-        u^ties over [0, 1] is 1 / (1 + ties), Gauss-Legendre nodes in u share the win among the tied.
+        x (voters used), one per class. A rival with as many votes as the winner contributes a factor u; the integral
+        of u^ties over [0, 1] is 1 / (1 + ties), so Gauss-Legendre nodes in u share the win among the tied.
     """
     k = k if replace else min(k, n)
     silent = n - sum(count for count, _ in classes)
@@ -166,7 +165,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _votes(right: np.ndarray, answers: list[str], key: Callable[[str], Hashable]) -> list[tuple[int, float]]:
-    """Classes by equivalence: all right answers are one; empty answers are none."""
+    """Classes by equivalence: all right answers form one class; empty answers form none."""
     wrong: dict[Hashable, int] = {}
     for ok, answer in zip(right, answers, strict=True):
         if ok <= 0.5 and answer.strip():
@@ -176,7 +175,7 @@ def _votes(right: np.ndarray, answers: list[str], key: Callable[[str], Hashable]
 
 
 def _strings(right: np.ndarray, answers: list[str]) -> list[tuple[int, float]]:
-    """Classes by the very string, as the reference has them; a class is worth the mean accuracy of its members."""
+    """Classes of equal strings, as in the reference; the value of a class is the mean accuracy of its members."""
     groups: dict[str, list[float]] = {}
     for ok, answer in zip(right, answers, strict=True):
         groups.setdefault(answer, []).append(float(ok))
