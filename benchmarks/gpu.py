@@ -176,10 +176,11 @@ def _state(work: Work) -> Any:
     from open_agentrl_jax.models import qwen
     from open_agentrl_jax.models.config import ModelConfig
     from open_agentrl_jax.train import state as states
+    from open_agentrl_jax.train.optimizer import make_optimizer
 
     half = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = ModelConfig(**work.shape, compute_dtype=half, remat="full")
-    optimizer = states.make_optimizer(Optim(lr=1e-6), 1000)
+    optimizer = make_optimizer(Optim(lr=1e-6), 1000)
     leaves, tree = jax.tree.flatten(qwen.abstract_params(model))
 
     @jax.jit

@@ -65,12 +65,13 @@ def measure(point: Point, rounds: int) -> Cost:
     from open_agentrl_jax.parallel.mesh import make_mesh
     from open_agentrl_jax.parallel.sharding import P, placer
     from open_agentrl_jax.train import state as states
+    from open_agentrl_jax.train.optimizer import make_optimizer
     from open_agentrl_jax.train.packing import Example, pack
     from open_agentrl_jax.train.step import likelihood, make_step
 
     shape: dict[str, Any] = MODEL | {"hidden_size": point.width, "num_heads": point.width // 32}
     model = ModelConfig("qwen3", intermediate_size=3 * point.width, tie_word_embeddings=True, remat="full", **shape)
-    optimizer = states.make_optimizer(Optim(), 1000)
+    optimizer = make_optimizer(Optim(), 1000)
     mesh = make_mesh(fsdp=point.fsdp, devices=jax.devices()[: point.fsdp])
     ids = np.random.default_rng(0).integers(1, model.vocab_size, (point.rows, point.length + 1), np.int32)
     batch, used = pack([Example(row, np.ones(len(row), bool)) for row in ids], rows=point.rows, length=point.length)

@@ -57,6 +57,7 @@ def ours(shape: str) -> Callable[[], Any]:
     from open_agentrl_jax.models import qwen
     from open_agentrl_jax.models.config import ModelConfig
     from open_agentrl_jax.train import state as states
+    from open_agentrl_jax.train.optimizer import make_optimizer
     from open_agentrl_jax.train.packing import Example, pack
     from open_agentrl_jax.train.step import likelihood, make_step
 
@@ -66,7 +67,7 @@ def ours(shape: str) -> Callable[[], Any]:
     examples = [Example(ids, np.ones(len(ids), bool)) for ids in sequences(shape)]
     longest = MIXES[shape][2] if shape in MIXES else len(examples[0].tokens) - 1
     batch, used = pack(examples, rows=1 if shape in MIXES else len(examples), length=longest)
-    optimizer = states.make_optimizer(Optim(lr=RATE, weight_decay=DECAY), 1000)
+    optimizer = make_optimizer(Optim(lr=RATE, weight_decay=DECAY), 1000)
     step = make_step(model, optimizer, likelihood)
     holder = [states.create(qwen.init(model, 0), optimizer)]
     batch = jax.tree.map(jax.numpy.asarray, batch)

@@ -70,8 +70,12 @@ def define(options: type[T]) -> Callable[[], T]:
     return lambda: options(**{name: _home(holder.value) for name, holder in holders.items()})
 
 
-def config_flag() -> Callable[[], Config]:
-    """Defines `--config` and returns a function that reads it: a valid Config, or a UserError with every fault."""
+def config_flag(adapt: Callable[[Config], None] = lambda config: None) -> Callable[[], Config]:
+    """Defines `--config` and returns a function that reads it: a valid Config, or a UserError with every fault.
+
+    Args:
+        adapt: changes the config before it is validated.
+    """
     holder = config_flags.DEFINE_config_file(
         "config",
         help_string="a file, e.g. configs/quickstart.py; its fields (docs/config.md) are flags: --config.rl.steps=9",
@@ -87,6 +91,7 @@ def config_flag() -> Callable[[], Config]:
             raise UserError("--config is missing; give a file of configs/, e.g. --config=configs/quickstart.py")
         if not valid:
             raise UserError("--config: its get_config() must return an open_agentrl_jax.config.Config")
+        adapt(config)
         if faults := validate(config):
             raise UserError(f"config {config.name!r}: " + "; ".join(faults))
         expand_home(config)

@@ -2,25 +2,24 @@
 
     python -m launch.sft --config=configs/qwen3_4b_sft.py
 
-It is the first phase of launch.train: it stops, continues and writes its run directory in the same way.
+It is the first phase of launch.train, with the same run directory, and stops and continues in the same way.
 """
 
 from __future__ import annotations
 
-from launch import command, train
+from launch import command
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.types import UserError
+from open_agentrl_jax.run.experiment import run_experiment
 
 
-def only_sft(config: Config) -> Config:
-    """The config without its RL phase."""
+def only_sft(config: Config) -> None:
+    """Removes the RL phase from a config."""
     if not (config.sft.steps or config.sft.epochs):
-        raise UserError(f"config {config.name!r}: sft.steps and sft.epochs are both 0; set one of them")
+        command.refuse(f"config {config.name!r}: sft.steps and sft.epochs are both 0; set one of them")
     config.rl.steps = config.rl.epochs = 0
-    return config
 
 
 if __name__ == "__main__":
-    load = command.config_flag()
+    load = command.config_flag(only_sft)
     profile = command.profile_flag()
-    command.run(lambda: train.main(only_sft(load()), profile=profile.value))
+    command.run(lambda: run_experiment(load(), profile=profile.value))

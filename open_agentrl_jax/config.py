@@ -189,6 +189,9 @@ class Agent:
     max_tool_tokens: int = setting(2048, "per tool output; longer ones lose their middle, with a mark", at_least=1)
     seconds: float = setting(1800.0, "per episode", above=0)
     python: Python = dataclasses.field(default_factory=Python)
+    max_errors: float = setting(
+        0.5, "end the run if exceptions of tools, grader or environment end more than this share of episodes", at_most=1
+    )
 
 
 @dataclasses.dataclass

@@ -153,3 +153,7 @@ class Group:
 
 class UserError(Exception):
     """A mistake of the user's: one line that names file, field and cure. Commands print it and exit with code 2."""
+
+
+class NothingToLearn(Exception):
+    """The problems give no signal any more: RL ends early, and its result is kept."""

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.models import qwen, splash, triton
 from open_agentrl_jax.models.attention import pick, row_parts
@@ -25,7 +24,9 @@ from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.planning import chips, flops, hlo, topologies, workload
 from open_agentrl_jax.planning.shapes import shape_of
+from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.train import state as states
+from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.train.packing import choose_packing, most_micro_batches
 from open_agentrl_jax.train.step import likelihood, make_step, policy_gradient
 
@@ -60,15 +61,14 @@ def plan(config: Config, devices: Any, *, layers: int = 0) -> StepPlan:
     packing = choose_packing(config, longest_sequence(config), mesh)
     sequences = rl.prompts // rl.mini_batches * rl.samples if reinforced else config.sft.batch_size
     objective = policy_gradient(rl.loss, width=config.agent.max_response) if reinforced else likelihood
-    optimizer = states.make_optimizer(rl.optim if reinforced else config.sft.optim, 1000)
+    optimizer = make_optimizer(rl.optim if reinforced else config.sft.optim, 1000)
     step = make_step(
         model,
         optimizer,
         objective,
         temperature=config.rollout.temperature if reinforced else 1.0,
         entropy_target=rl.loss.entropy_target if reinforced else 0.0,
-        behaviour=behaviour,
-        gradients_summed=not reinforced and behaviour.sft_gradients_summed,
+        token_count=behaviour.rl_token_count if reinforced else behaviour.sft_token_count,
     )
     state = states.abstract(qwen.abstract_params(model), optimizer, mesh)
     micro_batches = most_micro_batches(sequences, packing.rows)

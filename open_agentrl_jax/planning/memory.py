@@ -20,6 +20,7 @@ from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.planning.ahead import bytes_of, longest_sequence
 from open_agentrl_jax.train import state as states
+from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.train.packing import choose_packing
 from open_agentrl_jax.types import UserError
 
@@ -47,7 +48,7 @@ def table(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None, *,
     """
     reinforced = bool(config.rl.steps or config.rl.epochs)
     optim = config.rl.optim if reinforced else config.sft.optim
-    state = states.abstract(qwen.abstract_params(model), states.make_optimizer(optim, 1000), mesh)
+    state = states.abstract(qwen.abstract_params(model), make_optimizer(optim, 1000), mesh)
     weights = bytes_of(state.params)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind != "pinned_host"]
     entries = [

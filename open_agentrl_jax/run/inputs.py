@@ -10,13 +10,13 @@ from typing import Any
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
 from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
 from open_agentrl_jax.data.rows import refuse_many_bad
+from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.run.world import reader_of
 from open_agentrl_jax.sandbox.client import Sandbox
 from open_agentrl_jax.train.packing import Example
@@ -146,7 +146,7 @@ def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversatio
     Raises:
         UserError: no conversation is usable, or the template cannot render more than 1 % of them.
     """
-    shifted = BEHAVIOURS[config.behaviour].sft_mask_shifted
+    sft_mask = BEHAVIOURS[config.behaviour].sft_mask
     made: list[Example] = []
     bad: list[str] = []
     total = unseen = 0
@@ -159,7 +159,7 @@ def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversatio
         except ValueError as error:
             bad.append(f"conversation {conversation.id}: {error}")
             continue
-        one = example(ids, mask, max_length=config.sft.max_length, mask_shifted=shifted)
+        one = example(ids, sft_mask(mask), max_length=config.sft.max_length)
         if one.mask.any():
             made.append(one)
     refuse_many_bad("data.sft", bad, total, "see the tokenizer's chat template")

@@ -1,18 +1,16 @@
-"""Who plays an episode: the engine, the chat template and the environment of one way of sampling."""
+"""Plays episodes of a run: one engine, chat template, world and way of sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.behaviour import BEHAVIOURS, Behaviour
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.reference import python_tool as published
+from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine
 from open_agentrl_jax.rollout.scheduler import EventLoop, Play, play_all
@@ -25,13 +23,12 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
 
 
-def shape_reward(trajectory: Trajectory, config: Config, behaviour: Behaviour) -> None:
-    """Adds turn bonus and overlong penalty to the raw score; accuracy stays."""
+def shape_reward(trajectory: Trajectory, config: Config) -> None:
+    """Adds turn bonus and overlong penalty to the grader's score; accuracy is unchanged."""
     reward, metrics = config.reward, trajectory.metrics
     rounds = sum(bool(turn.tool_outputs) for turn in trajectory.turns)
-    score = trajectory.reward
-    if not behaviour.turn_bonus_dead:
-        score = turn_bonus(score, 1 + len(trajectory.turns) + rounds, mode=reward.turn_bonus)
+    bonus = BEHAVIOURS[config.behaviour].turn_bonus or turn_bonus
+    score = bonus(trajectory.reward, 1 + len(trajectory.turns) + rounds, mode=reward.turn_bonus)
     length = metrics["response_length"] - (0 if reward.count_tool_tokens else metrics["tool_tokens"])
     penalty = overlong_penalty(
         int(length),
@@ -55,12 +52,12 @@ class Player:
     phase: str
 
     async def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
-        """One episode; what it draws depends on seed, phase, position, sample and attempt alone."""
+        """Plays one episode; its random draws depend on seed, phase, position, sample and attempt alone."""
         config, agent = self.config, self.config.agent
         behaviour = BEHAVIOURS[config.behaviour]
         session = f"{self.phase}-{position}-{sample}-{attempt}"
         environment = self.world.environment(
-            shorten=shortener(self.chat, agent.max_tool_tokens, behaviour), session=session
+            shorten=behaviour.shortener(self.chat, agent.max_tool_tokens), session=session
         )
         trajectory = await episode.run(
             self.engine,
@@ -73,7 +70,7 @@ class Player:
             unreadable_call_ends=behaviour.first_call_only,
         )
         if not trajectory.aborted:
-            shape_reward(trajectory, config, behaviour)
+            shape_reward(trajectory, config)
         return trajectory
 
 
@@ -86,7 +83,17 @@ def play_through(
     bar: Callable[[int, int], None],
     check: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """Every task `samples` times; `bar` is told (episodes done, of how many), `check` may raise to end it."""
+    """Plays every task `samples` times.
+
+    Args:
+        player: plays one episode.
+        tasks: problems.
+        samples: episodes per problem.
+        concurrency: concurrent episodes.
+        loop: where episodes run.
+        bar: called with (episodes done, episodes in all).
+        check: called twice a second; may raise to stop.
+    """
     done = 0
 
     def on_episode() -> None:
@@ -96,10 +103,3 @@ def play_through(
 
     playing = play_all(player, tasks, samples=samples, concurrency=concurrency, on_episode=on_episode)
     return loop.run(playing, check)
-
-
-def shortener(chat: Chat, max_tokens: int, behaviour: Behaviour) -> Callable[[str], str]:
-    """Cuts a tool's output to its budget."""
-    if behaviour.tool_output_characters:
-        return functools.partial(published.shorten_output, characters=behaviour.tool_output_characters)
-    return functools.partial(chat.shorten, max_tokens=max_tokens)

@@ -12,13 +12,13 @@ import jax
 
 from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.train.packing import choose_packing as choose_packing
 from open_agentrl_jax.types import UserError
 

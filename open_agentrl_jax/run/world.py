@@ -10,9 +10,9 @@ from typing import Any
 
 from open_agentrl_jax.agent.environment import Environment, Reward, Tool, ToolEnvironment
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.behaviour import BEHAVIOURS
 from open_agentrl_jax.config import NAME, Config
 from open_agentrl_jax.data.prompts import Reader
+from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.graders import grade
 from open_agentrl_jax.sandbox.client import Sandbox, SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,17 +20,14 @@ class Examples(Protocol):
     def __getitem__(self, position: int, /) -> Example: ...
 
 
-def example(ids: list[int], mask: list[bool], *, max_length: int, mask_shifted: bool = False) -> Example:
-    """One conversation as an example, cut on the right.
+def example(ids: Sequence[int], mask: Sequence[bool], *, max_length: int) -> Example:
+    """One conversation as an example, truncated on the right.
 
     Args:
         ids: tokens.
-        mask: True where an assistant would have to produce the token.
-        max_length: tokens that are kept.
-        mask_shifted: a fault of the reference: the mask sits one token too late.
+        mask: True for the tokens that an assistant produces.
+        max_length: tokens to keep.
     """
-    if mask_shifted:
-        mask = [False, *mask[:-1]]
     return Example(np.asarray(ids[:max_length], np.int32), np.asarray(mask[:max_length], bool))
 
 
@@ -47,19 +44,19 @@ def train_sft(
     rates: np.ndarray,
     start: int = 0,
 ) -> TrainState:
-    """Trains from step `start` to `steps` and checkpoints on the way and at the end.
+    """Trains from step `start` to `steps`, with a checkpoint at the end.
 
     Args:
         state: of this phase's optimizer.
-        step_fn: of train.step.make_step.
+        step_fn: see train.step.make_step.
         examples: conversations.
         run: files, checkpoints, signals.
-        steps: of the whole phase.
-        batch_size: conversations a step.
+        steps: total steps of the phase.
+        batch_size: conversations per step.
         packing: rows and row length.
         place: puts a batch on the mesh.
         rates: learning rate of each update, for the log.
-        start: steps done before.
+        start: steps already done.
     """
     shape = {"rows": packing.rows, "length": packing.length}
     shape["micro_batches"] = most_micro_batches(batch_size, packing.rows)
@@ -67,7 +64,7 @@ def train_sft(
     waiting: tuple[int, dict[str, Any], float] | None = None
 
     def log() -> None:
-        # A step is logged after the next one was dispatched, so that reading its numbers never leaves the device idle.
+        # A step is logged after the next one is dispatched, so that reading its metrics never leaves the device idle.
         if waiting is None:
             return
         step, metrics, useful = waiting
@@ -104,7 +101,7 @@ def train_sft(
             waiting = None
             with clock("checkpoint"):
                 run.save(state, Progress("sft", step + 1))
-                run.checkpoints.wait()  # the next step gives these buffers away
+                run.checkpoints.wait()  # the next step donates these buffers
         if run.stopper.asked:
             raise Interrupted
     log()

@@ -1,8 +1,8 @@
-"""One optimizer update over a packed mini-batch, whatever the algorithm: log-probs -> objective -> gradient -> AdamW.
+"""One optimizer update over a packed mini-batch, for any algorithm: log-probs -> objective -> gradient -> AdamW.
 
-Micro-batches are taken one after the other inside one compiled function; how many are occupied is a number it is
-given, so that one shape serves every batch and padding costs nothing. Every mean has the WHOLE mini-batch's count
-below the line, so that the split into micro-batches and devices does not change the gradient.
+One compiled function loops over the micro-batches. The number of occupied ones is an argument, so one shape serves
+every batch and padding costs nothing. Every mean is divided by the count of the WHOLE mini-batch, so the split into
+micro-batches and devices does not change the gradient.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int
 from open_agentrl_jax.algorithms import losses
 from open_agentrl_jax.algorithms.entropy import update_coefficient
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
-from open_agentrl_jax.behaviour import ROBUST, Behaviour
 from open_agentrl_jax.config import Loss
 from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import P, constrain
+from open_agentrl_jax.train.optimizer import Optimizer, update
 from open_agentrl_jax.train.packing import Batch
-from open_agentrl_jax.train.state import Optimizer, TrainState, update
+from open_agentrl_jax.train.state import TrainState
 
 Metrics = dict[str, Any]
 
@@ -34,7 +34,7 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Totals:
-    """Counts over the whole mini-batch, and the coefficient of its entropy term."""
+    """Counts over the whole mini-batch, and the entropy coefficient."""
 
     tokens: Float[Array, ""]
     sequences: Float[Array, ""]
@@ -47,7 +47,7 @@ class Objective(Protocol):
     def __call__(
         self, logprobs: Array, entropy: Array, batch: Batch, totals: Totals
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Log-probs and entropy of one micro-batch [b t] -> its share of the loss, and means over its mask."""
+        """Log-probs and entropy [b t] of one micro-batch -> its share of the loss, and means over its mask."""
         ...
 
 
@@ -58,11 +58,11 @@ def likelihood(logprobs: Array, entropy: Array, batch: Batch, totals: Totals) ->
 
 
 def policy_gradient(loss: Loss, *, width: int) -> Objective:
-    """GRPO-TCR and its ablations, as the config says.
+    """The objective of GRPO-TCR and its ablations.
 
     Args:
-        loss: which terms there are.
-        width: response budget in tokens, what "seq-mean-token-sum-norm" divides by.
+        loss: the terms of the objective.
+        width: response budget in tokens, the divisor of "seq-mean-token-sum-norm".
     """
 
     def objective(logprobs: Array, entropy: Array, batch: Batch, totals: Totals) -> tuple[Float[Array, ""], Metrics]:
@@ -105,7 +105,9 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
         if loss.entropy_coef > 0 or loss.entropy_target > 0:
             total -= totals.entropy_coef * reduce(entropy)
         metrics["actor/entropy"] = losses.masked_mean(entropy, mask)
-        difference = jnp.abs(batch.old_logprobs - batch.rollout_logprobs)
+        # With old_logprobs=rollout the difference of the two would be 0 by construction.
+        trainers = jax.lax.stop_gradient(logprobs) if loss.old_logprobs == "rollout" else batch.old_logprobs
+        difference = jnp.abs(trainers - batch.rollout_logprobs)
         metrics["rollout/logprob_difference"] = losses.masked_mean(difference, mask)
         return total, metrics
 
@@ -114,10 +116,10 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
 
 @jax.custom_vjp
 def _one_after_the_other(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The head is gathered when the layers are done, and its gradient is scattered before they are gone back through.
+    """A barrier: the head is gathered after the layers, and its gradient is scattered before their backward pass.
 
-    Without the barrier XLA gathers it once for all micro-batches and holds it whole beside the layers. The barrier has
-    a derivative of its own, for that of jax 0.12 fails where a gradient is added in place.
+    Without it XLA gathers the head once for all micro-batches and keeps it whole beside the layers. The derivative is
+    written out because that of jax 0.12 fails where a gradient accumulates in place.
     """
     return jax.lax.optimization_barrier((hidden, table))
 
@@ -143,7 +145,7 @@ def _micro(batch: Batch, index: Any) -> Batch:
 def make_score(
     model_config: ModelConfig, *, temperature: float = 1.0, chunk: int = 1024
 ) -> Callable[[Any, Batch, Int[Array, ""]], Float[Array, "m b t"]]:
-    """A compiled function (params, batch, used) -> log-probs of `batch.targets` [m b t]; 0 off the mask."""
+    """Compiles (params, batch, used) -> log-probs of `batch.targets` [m b t]; 0 off the mask."""
 
     @jax.jit
     def score(params: Any, batch: Batch, used: Int[Array, ""]) -> Float[Array, "m b t"]:
@@ -165,27 +167,26 @@ def make_step(
     temperature: float = 1.0,
     chunk: int = 1024,
     entropy_target: float = 0.0,
-    behaviour: Behaviour = ROBUST,
-    gradients_summed: bool = False,
+    token_count: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]:
-    """The compiled update (state, batch, used) -> (state, metrics); the state's buffers are donated.
+    """Compiles the update (state, batch, used) -> (state, metrics); the state's buffers are donated.
 
-    A gradient whose norm is not finite leaves parameters and moments as they are and is counted.
+    An update whose gradient norm is not finite leaves parameters and moments unchanged and is counted.
 
     Args:
         model_config: shapes, compute dtype and rematerialisation.
-        optimizer: clips and moves.
+        optimizer: see train/optimizer.py.
         objective: the algorithm.
-        temperature: of the log-probs.
-        chunk: tokens a slice of the head.
-        entropy_target: > 0: the entropy coefficient follows it.
-        behaviour: `mean_of_micro_batches` is the only fault that reaches in here.
-        gradients_summed: another, of SFT alone: micro-batches add up instead of being averaged.
+        temperature: divides the logits.
+        chunk: tokens per slice of the head.
+        entropy_target: nats; above 0, the entropy coefficient is adapted to it.
+        token_count: (tokens of a micro-batch, number of micro-batches) -> divisor of its token losses; default: the
+            tokens of the mini-batch.
     """
 
     def loss_of(params: Any, micro: Batch, totals: Totals) -> tuple[Float[Array, ""], Metrics]:
         logprobs, entropy = _score(params, model_config, micro, temperature, chunk)
-        # A few numbers a token are left: every device gets them all, as objectives sum over sequences and sort tokens.
+        # Only a few numbers per token remain. Every device gets all of them: objectives sum over sequences.
         logprobs, entropy, micro = jax.tree.map(lambda x: constrain(x, P()), (logprobs, entropy, micro))
         return objective(logprobs, entropy, micro, totals)
 
@@ -197,15 +198,15 @@ def make_step(
             entropy_coef=state.entropy_coef,
         )
 
-        # The backward pass adds to these in place, layer by layer: the gradient of one micro-batch is never held whole.
+        # The backward pass accumulates in place, layer by layer; no micro-batch's gradient is held as a whole.
         sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
         def add_gradient(index) -> Metrics:
             micro = _micro(batch, index)
             share = micro.mask.sum() / jnp.maximum(whole.tokens, 1)
             totals = whole
-            if behaviour.mean_of_micro_batches:
-                totals = dataclasses.replace(whole, tokens=micro.mask.sum() * (1 if gradients_summed else used))
+            if token_count is not None:
+                totals = dataclasses.replace(whole, tokens=token_count(micro.mask.sum(), used))
             loss, backward, metrics = jax.vjp(lambda p: loss_of(p, micro, totals), state.params, has_aux=True)
             backward.with_refs(sums)(jnp.ones_like(loss))
             return jax.tree.map(lambda x: x * share, metrics) | {"actor/loss": loss}

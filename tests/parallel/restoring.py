@@ -12,6 +12,7 @@ from open_agentrl_jax.parallel.mesh import initialize_distributed, make_mesh
 from open_agentrl_jax.train import checkpoint
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
+from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.types import UserError
 
 MODEL = ModelConfig("qwen2", 96, 64, 128, 2, 4, 2, 16)
@@ -21,7 +22,7 @@ def main(rank, port, folder):
     initialize_distributed(f"localhost:{port}", 2, int(rank))
     mesh = make_mesh(fsdp=2)
     jax.set_mesh(mesh)
-    optimizer = states.make_optimizer(Optim(), 10)
+    optimizer = make_optimizer(Optim(), 10)
     shardings = qwen.param_shardings(MODEL, mesh)
     params = jax.jit(lambda: qwen.init(MODEL, 0), out_shardings=shardings)()
     state = jax.jit(lambda p: states.create(p, optimizer))(params)

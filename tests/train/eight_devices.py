@@ -11,6 +11,7 @@ from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.train import state as states
+from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.train.packing import pack
 from open_agentrl_jax.train.step import make_score, make_step, policy_gradient
 from tests.train.tiny import examples
@@ -50,7 +51,7 @@ CASES = [
 
 def updated(loss, mesh, offload=False):
     """Scores and the state after one update, on the host; and whether all lies where it should."""
-    optimizer = states.make_optimizer(Optim(lr=1e-2, offload=offload), 10)
+    optimizer = make_optimizer(Optim(lr=1e-2, offload=offload), 10)
     step = make_step(MODEL, optimizer, policy_gradient(loss, width=16), chunk=16)
     score = make_score(MODEL, chunk=16)
     batch, used = pack(examples(24), rows=8, length=24)

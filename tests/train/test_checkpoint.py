@@ -14,11 +14,12 @@ from open_agentrl_jax.models import qwen
 from open_agentrl_jax.train import checkpoint
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
+from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.types import UserError
 from tests.disks import bucket_mount  # noqa: F401 - a fixture
 from tests.train.tiny import MODEL
 
-OPTIMIZER = states.make_optimizer(Optim(lr=1e-3), 10)
+OPTIMIZER = make_optimizer(Optim(lr=1e-3), 10)
 
 
 def make(seed):
@@ -73,7 +74,7 @@ def test_a_checkpoint_restores_bit_for_bit_and_old_ones_are_evicted(three):
 
 @pytest.mark.parametrize("offload", [True, False])
 def test_moments_may_move_between_host_and_device_on_resume(tmp_path, offload):
-    before, after = (states.make_optimizer(Optim(offload=o), 10) for o in (not offload, offload))
+    before, after = (make_optimizer(Optim(offload=o), 10) for o in (not offload, offload))
     params = qwen.init(MODEL, 1)
     save(tmp_path, (saved := states.create(params, before), Progress("rl", 1)))
     checkpoints = Checkpoints(tmp_path)

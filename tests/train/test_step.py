@@ -14,10 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from open_agentrl_jax.behaviour import REFERENCE
 from open_agentrl_jax.config import Loss, Optim
 from open_agentrl_jax.models import qwen
+from open_agentrl_jax.reference.behaviour import REFERENCE
 from open_agentrl_jax.train import state as states
+from open_agentrl_jax.train.optimizer import make_optimizer, rates
 from open_agentrl_jax.train.packing import Example, pack
 from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
 from tests.devices import fake
@@ -77,11 +78,12 @@ def test_rows_and_micro_batches_do_not_change_the_gradient(name):
 def test_the_reference_does_depend_on_the_split():
     batches = examples(8)
     objective = policy_gradient(Loss(), width=16)
-    grads = [gradient(pack(batches, rows=r, length=14), objective, behaviour=REFERENCE)[0] for r in (8, 1)]
+    grads = [
+        gradient(pack(batches, rows=r, length=14), objective, token_count=REFERENCE.rl_token_count)[0] for r in (8, 1)
+    ]
     assert difference(*grads) > 1e-2
     summed = [
-        gradient(pack(batches, rows=r, length=14), likelihood, behaviour=REFERENCE, gradients_summed=True)[0]
-        for r in (8, 2)
+        gradient(pack(batches, rows=r, length=14), likelihood, token_count=REFERENCE.sft_token_count)[0] for r in (8, 2)
     ]
     norms = [np.sqrt(sum((x * x).sum() for x in jax.tree.leaves(g))) for g in summed]
     assert norms[1] > 2 * norms[0]  # fault 3: four micro-batches add up
@@ -117,7 +119,7 @@ def test_log_probs_equal_the_forward_pass():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
-    optimizer = states.make_optimizer(Optim(lr=1e-2), 10)
+    optimizer = make_optimizer(Optim(lr=1e-2), 10)
     step = make_step(MODEL, optimizer, policy_gradient(Loss(), width=16))
     batch, used = pack(examples(4), rows=2, length=28)
     batch.advantages[batch.mask] = np.inf
@@ -134,7 +136,7 @@ def test_moments_in_host_memory_change_no_bit():
     spoilt = dataclasses.replace(batch, advantages=np.where(batch.mask, np.inf, 0).astype(np.float32))
 
     def after(offload):
-        optimizer = states.make_optimizer(Optim(lr=1e-2, warmup=2, offload=offload), 10)
+        optimizer = make_optimizer(Optim(lr=1e-2, warmup=2, offload=offload), 10)
         step = make_step(MODEL, optimizer, policy_gradient(Loss(), width=16))
         state = states.create(qwen.init(MODEL, 0), optimizer)
         for each in (batch, spoilt, batch):
@@ -172,15 +174,15 @@ def test_entropy_is_pushed_towards_its_target():
 
 
 def test_schedules():
-    cosine = states.rates(Optim(lr=1.0, schedule="cosine", warmup=0.1), 100)
+    cosine = rates(Optim(lr=1.0, schedule="cosine", warmup=0.1), 100)
     assert cosine[0] == pytest.approx(0.1) and cosine[9] == pytest.approx(1.0) and cosine[-1] < 0.01
     assert (np.diff(cosine[10:]) <= 0).all()
-    assert (states.rates(Optim(lr=2.0), 5) == 2.0).all()
-    assert states.rates(Optim(lr=1.0, warmup=4), 6).tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert (rates(Optim(lr=2.0), 5) == 2.0).all()
+    assert rates(Optim(lr=1.0, warmup=4), 6).tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
 def test_sft_learns_a_sequence():
-    optimizer = states.make_optimizer(Optim(lr=1e-2, b2=0.95), 60)
+    optimizer = make_optimizer(Optim(lr=1e-2, b2=0.95), 60)
     step = make_step(MODEL, optimizer, likelihood)
     one = Example(np.arange(10, dtype=np.int32), np.ones(10, bool))
     batch, used = pack([one], rows=1, length=16)

@@ -1,0 +1,90 @@
+"""The policy in training: packs groups into mini-batches, adds the log-probs they need, applies the updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from open_agentrl_jax.config import RL, Packing
+from open_agentrl_jax.train.packing import Batch, Example, pack_mini_batch
+from open_agentrl_jax.train.state import TrainState
+from open_agentrl_jax.types import Group
+
+MiniBatch = tuple[Batch, np.int32]  # on the mesh, with its number of occupied micro-batches
+
+
+def examples(groups: Sequence[Group], advantages: np.ndarray) -> list[Example]:
+    """The sequences of a batch that train: all but those that the infrastructure lost.
+
+    Args:
+        groups: g groups of n samples.
+        advantages: [g n].
+    """
+    return [
+        Example(t.tokens, t.loss_mask, float(a), t.logprobs)
+        for group, row in zip(groups, advantages, strict=True)
+        for t, a in zip(group.trajectories, row, strict=True)
+        if not t.aborted and t.loss_mask.any()
+    ]
+
+
+@dataclasses.dataclass
+class Learner:
+    """The training state and the functions that change it."""
+
+    state: TrainState
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]]  # see train.step.make_step
+    score: Callable[[Any, Batch, Any], Any]  # see train.step.make_score
+    place: Callable[[Batch], Batch]  # onto the mesh
+    advantages: Callable[..., np.ndarray]  # see algorithms.advantages.group_relative
+    rl: RL
+    packing: Packing
+    rates: np.ndarray  # learning rate of every update
+    reference: Any = None  # parameters of the reference policy, if the loss has a KL term
+    idle: int = 0  # steps in a row in which no token was trained
+
+    def pack(self, groups: Sequence[Group]) -> tuple[list[MiniBatch], float]:
+        """The mini-batches of a step that hold a token, and the share of their places that is occupied."""
+        rewards = np.array([[t.reward for t in group.trajectories] for group in groups], np.float32)
+        valid = np.array([[not t.aborted for t in group.trajectories] for group in groups])
+        rows = self.advantages(rewards, normalize_std=self.rl.loss.normalize_std, valid=valid)
+        share = self.rl.prompts // self.rl.mini_batches
+        packed = []
+        for start in range(0, self.rl.prompts, share):
+            part = slice(start, start + share)
+            made = examples(groups[part], rows[part])
+            packed.append(pack_mini_batch(made, self.packing, sequences=share * self.rl.samples))
+        useful = float(np.mean([batch.useful for batch, _ in packed]))
+        return [(self.place(batch), np.int32(used)) for batch, used in packed if used], useful
+
+    def with_logprobs(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """Adds the trainer's own log-probs, and those of the reference policy, where the loss uses them."""
+        sources = {}
+        if self.rl.loss.old_logprobs == "trainer":
+            sources["old_logprobs"] = self.state.params
+        if self.rl.loss.kl_coef > 0:
+            sources["ref_logprobs"] = self.reference
+        made = list(batches)
+        for name, params in sources.items():
+            made = [(dataclasses.replace(b, **{name: self.score(params, b, used)}), used) for b, used in made]
+        return made
+
+    def update(self, batches: Sequence[MiniBatch]) -> dict[str, float]:
+        """One optimizer update per mini-batch; returns their mean metrics once the device is done."""
+        metrics = []
+        for batch, used in batches:
+            self.state, each = self.step(self.state, batch, used)
+            metrics.append(each)
+        updates = [{name: float(value) for name, value in each.items()} for each in metrics]
+        numbers = {name: float(np.mean([each[name] for each in updates])) for name in (updates or [{}])[0]}
+        if updates and self.rl.loss.old_logprobs == "rollout":
+            # The first update alone was computed with the weights that the batch was sampled from.
+            numbers["rollout/logprob_difference"] = updates[0]["rollout/logprob_difference"]
+        numbers["actor/tokens"] = sum(each["actor/tokens"] for each in updates)
+        trained = any(each["actor/tokens"] > 0 and math.isfinite(each["actor/grad_norm"]) for each in updates)
+        self.idle = 0 if trained else self.idle + 1
+        return numbers
