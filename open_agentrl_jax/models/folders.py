@@ -42,7 +42,7 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
         import huggingface_hub
 
         try:
-            patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+            patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
             return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except Exception as error:  # offline, gated, unknown id, ...
             reason = str(error).split("\n")[0]

@@ -20,12 +20,13 @@ from open_agentrl_jax.parallel.mesh import make_mesh
 SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2)
 TIED = ModelConfig("qwen3", head_dim=32, tie_word_embeddings=True, remat="full", **SHAPE)
 UNTIED = ModelConfig("qwen2", head_dim=16, **SHAPE)
+LLAMA = ModelConfig("llama", head_dim=16, attention_bias=True, **SHAPE)
 CASES = [
     (TIED, (8, 1, 1, 1)),
     (TIED, (1, 2, 2, 2)),
     (TIED, (2, 1, 4, 1)),
     (UNTIED, (1, 8, 1, 1)),
-    (UNTIED, (2, 2, 1, 2)),
+    (LLAMA, (2, 2, 1, 2)),
     (UNTIED, (2, 2, 2, 1)),  # the only one whose parts of a row exchange heads: the others have too few
     (UNTIED, (1, 1, 8, 1)),
 ]
