@@ -67,7 +67,7 @@ def main():
     batch = packed(np.random.default_rng(0), 8, 32, 12, vocab=96)
     batch += (np.roll(batch[0], -1, 1),)
     wanted = {}
-    for config in (TIED, UNTIED):
+    for config in (TIED, UNTIED, LLAMA):
         params = jitter(qwen.init(config, 0))
         wanted[config] = params, *plain(params, config, *batch)
     cases = []
