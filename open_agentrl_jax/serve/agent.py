@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from open_agentrl_jax.agent import episode
 from open_agentrl_jax.agent.chat import Chat
@@ -71,18 +72,21 @@ def config_of(model: str) -> Config:
             run = json.loads(mark.read_text())["config"]
             config.behaviour = run["behaviour"]
             for section in ("agent", "sandbox"):
-                known = {field.name for field in dataclasses.fields(getattr(config, section))}
-                setattr(
-                    config,
-                    section,
-                    dataclasses.replace(
-                        getattr(config, section), **{k: v for k, v in run[section].items() if k in known}
-                    ),
-                )
+                setattr(config, section, _updated(getattr(config, section), run[section]))
         except (ValueError, KeyError, TypeError):
             pass  # another tool's config.json: keep the defaults
     config.model.path = model
     return config
+
+
+def _updated(section: Any, saved: dict[str, Any]) -> Any:
+    """Returns a config section with the saved values of its fields, sections within it included."""
+    values = {}
+    for field in dataclasses.fields(section):
+        if field.name in saved:
+            own, value = getattr(section, field.name), saved[field.name]
+            values[field.name] = _updated(own, value) if dataclasses.is_dataclass(own) else value
+    return dataclasses.replace(section, **values)
 
 
 def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int = 0) -> tuple[Agent, LocalEngine]:
