@@ -19,6 +19,7 @@ from open_agentrl_jax.train.progress import Interrupted
 from open_agentrl_jax.types import Group, NothingToLearn, Sampling, Task, UserError
 
 logger = logging.getLogger(__name__)
+_shown: set[str] = set()  # tracebacks that were logged
 
 
 @dataclasses.dataclass
@@ -124,7 +125,10 @@ def refuse_failing_code(groups: Sequence[Group], most: float) -> None:
         UserError: more than the share `most` of the episodes ended with an exception of user code.
     """
     episodes = [t for group in groups for t in group.trajectories]
-    failed = [t for t in episodes if t.metrics.get("user_error")]
+    failed = [t for t in episodes if t.stop == "error"]
+    for text in {t.error for t in failed} - _shown:
+        _shown.add(text)
+        logger.warning("an exception of a tool, grader or environment ended an episode:\n%s", text)
     if len(failed) > most * len(episodes):
         raise UserError(
             f"{len(failed)} of {len(episodes)} episodes ended with an exception of a tool, grader or environment, "
