@@ -258,27 +258,25 @@ class Fleet:
             await server.resume()
             return
         server.epoch += 1
-        began = time.monotonic()
-        await server.load(self.path, str(version), self._load_seconds)
-        loaded = time.monotonic()
+        began, start = time.monotonic(), len(self.probe) // 2
+        probe = self.probe if expected is not None else ()
+        scored, proof_seconds = await server.load(self.path, str(version), self._load_seconds, probe, start)
+        self.gauges["server_load_seconds"] = time.monotonic() - began - proof_seconds
         tag = await server.weights()
         if tag != str(version):
             raise Refused(f"it loaded weights {version} and reports {tag!r}")
         if expected is not None:
-            start = len(self.probe) // 2
-            scored = await server.score(self.probe, start)
             try:
                 wanted = (await asyncio.shield(expected))[start + 1 :]
             except Exception as error:  # `update` raises it too
                 raise Refused(f"the trainer's own log-probs are unknown: {error}") from None
             difference = float(np.mean(np.abs(scored - wanted)))
-            self.gauges |= {"probe_difference": difference, "proof_seconds": time.monotonic() - loaded}
+            self.gauges |= {"probe_difference": difference, "proof_seconds": proof_seconds}
             if not difference <= self._tolerance:
                 raise Refused(
                     f"the log-probs of weights {version} differ from the trainer's by {difference:.3f} nats per token "
                     f"(tolerance {self._tolerance}): the folder is not what the trainer published"
                 )
-        self.gauges["server_load_seconds"] = loaded - began
         server.version = version
 
     def _down(self, server: Server, reason: str) -> None:

@@ -62,10 +62,11 @@ class Dialect:
     spare_tokens: int = 0  # of the context that a request must leave unused
     scoring_tokens: int = 0  # that a request must generate when only its prompt is scored
     renormalises: bool = True  # returns log-probs of the truncated distribution on request
+    scores_while_paused: bool = False
 
 
 SGLANG = Dialect("sglang")
-SGLANG_JAX = Dialect("sglang-jax", spare_tokens=1, scoring_tokens=1, renormalises=False)
+SGLANG_JAX = Dialect("sglang-jax", spare_tokens=1, scoring_tokens=1, renormalises=False, scores_while_paused=True)
 
 
 @dataclasses.dataclass
@@ -165,22 +166,45 @@ class Server:
             raise Refused("the weights give log-probs that are not finite numbers")
         return values
 
-    async def load(self, path: str, version: str, seconds: float) -> None:
+    async def load(
+        self, path: str, version: str, seconds: float, probe: Sequence[int] = (), start: int = 0
+    ) -> tuple[np.ndarray, float]:
         """Pauses, loads, flushes the cache and continues. Running requests recompute their prefix afterwards.
+
+        Args:
+            path: a Hugging Face folder that the server can read.
+            version: the name of its weights.
+            seconds: time for the load.
+            probe: ids to score under the new weights, see `score`; empty: none.
+            start: see `score`.
+
+        Returns:
+            The log-probs of the probe, and the seconds that they took.
 
         Raises:
             ServerError: it failed; which weights the server has is unknown.
             Refused: the server cannot load `path` and keeps the old weights.
         """
+        early, late = (probe, ()) if self.dialect.scores_while_paused else ((), probe)
+        scored, proof = np.zeros(0, np.float32), 0.0
         await self._control("pause_generation", mode="retract")
         try:
             answer = await self._post(
                 "update_weights_from_disk", seconds, model_path=path, weight_version=version, flush_cache=True
             )
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise Refused(f"update_weights_from_disk: {answer.get('message')}")
+            began = time.monotonic()
+            if early:
+                scored = await self.score(early, start)
+            proof = time.monotonic() - began
         finally:
             await self._control("continue_generation")
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise Refused(f"update_weights_from_disk: {answer.get('message')}")
+        if late:
+            began = time.monotonic()
+            scored = await self.score(late, start)
+            proof = time.monotonic() - began
+        return scored, proof
 
     async def abort(self, rid: str) -> None:
         """Aborts one request; an unknown one is no error."""

@@ -1,31 +1,39 @@
-"""Groups of episodes, started as the capacity law allows and handed to the trainer batch by batch.
+"""Runs groups of episodes and hands them to the trainer batch by batch, with a bound on staleness.
 
-The stream of problems is endless and indexed: a position names a problem, and position and sample number give an
-episode's seed, so that what an episode draws does not depend on when it ran. With max_staleness k, generation may run
-k weight versions ahead:
+The problem source is endless and indexed: a position names a problem, and position and sample number determine the seed
+of an episode, so its random draws do not depend on when it runs. With max_staleness k, generation may run k weight
+versions ahead:
 
     capacity = (max_staleness + version + 1) * prompts - (accepted + running)
 
-groups may be started. k = 0 is synchronous training: one batch a version, in the order of positions.
+groups may be started. k = 0 is synchronous training: one batch per version, in the order of positions.
+
+The bound: batch n is trained at version n, and no group in it was started before version n - k. Nothing is dropped for
+it. A batch waits until it can take so many of the oldest groups that later batches can still take the others in time;
+the capacity law guarantees that this never exceeds one batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from open_agentrl_jax.types import Group, Task, Trajectory
+from open_agentrl_jax.types import Group, NothingToLearn, Task, Trajectory
 
-ATTEMPTS = 3  # of an episode that the infrastructure failed, the first included
+ATTEMPTS = 3  # per episode, if the infrastructure fails
+DROPPED_BATCHES = 32  # consecutive dropped groups, in batches, after which filter_groups gives up; a warning at 1/8
+
+log = logging.getLogger(__name__)
 
 
-class Stream(Protocol):
-    """An endless data stream; the same position always gives the same problem."""
+class TaskSource(Protocol):
+    """An endless source of problems; the same position always gives the same problem."""
 
     def __getitem__(self, position: int, /) -> Task: ...
 
@@ -34,20 +42,20 @@ class Play(Protocol):
     """Plays one episode of a problem."""
 
     def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Awaitable[Trajectory]:
-        """`position` and `sample` give the episode its draws; `attempt` counts from 0."""
+        """`position` and `sample` determine the random draws; `attempt` counts from 0."""
         ...
 
 
 @dataclasses.dataclass
 class Frontier:
-    """What a checkpoint needs to go on: positions below `next` are trained, dropped, or listed as pending."""
+    """Progress in the problem source: positions below `next` are trained, dropped, or listed as pending."""
 
     next: int = 0
     pending: list[int] = dataclasses.field(default_factory=list)
 
 
 class EventLoop:
-    """An event loop in a thread of its own, so that the trainer's thread can wait for devices."""
+    """An event loop in its own thread, so that the trainer's thread can wait for devices."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -55,17 +63,17 @@ class EventLoop:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future:
-        """Starts a coroutine; the future is a thread's, not the loop's."""
+        """Starts a coroutine and returns a future for use in other threads."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, Any], check: Callable[[], None] = lambda: None) -> Any:
-        """Runs a coroutine to its end; `check`, called twice a second, may raise to cancel it."""
+        """Runs a coroutine to completion; `check` runs twice per second and may raise to cancel it."""
         future = self.submit(coroutine)
         while True:
             try:
                 return future.result(timeout=0.5)
             except TimeoutError:
-                if future.done():  # the coroutine's own
+                if future.done():  # raised by the coroutine itself
                     raise
             try:
                 check()
@@ -74,7 +82,7 @@ class EventLoop:
                 raise
 
     def close(self) -> None:
-        """Cancels what still runs and joins the thread."""
+        """Cancels running tasks and joins the thread."""
 
         async def cancel_all() -> None:
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -92,7 +100,7 @@ class EventLoop:
 async def play_group(
     play: Play, task: Task, position: int, samples: int, limit: asyncio.Semaphore, on_episode: Callable[[], None]
 ) -> Group:
-    """All samples of one problem; an episode that the infrastructure failed is played again, then kept as aborted."""
+    """Plays all samples of one problem; an episode that the infrastructure fails is retried, then kept as aborted."""
 
     async def one(sample: int) -> Trajectory:
         for attempt in range(ATTEMPTS):
@@ -116,7 +124,7 @@ async def play_all(
     concurrency: int,
     on_episode: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """Plays a finite list of problems, `samples` times each; positions are places in the list."""
+    """Plays a finite list of problems, `samples` times each; positions are indices of the list."""
     limit = asyncio.Semaphore(concurrency)
     groups = (play_group(play, task, i, samples, limit, on_episode) for i, task in enumerate(tasks))
     return list(await asyncio.gather(*groups))
@@ -129,7 +137,7 @@ class Scheduler:
         self,
         loop: EventLoop,
         play: Play,
-        stream: Stream,
+        tasks: TaskSource,
         *,
         prompts: int,
         samples: int,
@@ -141,33 +149,36 @@ class Scheduler:
         version: int = 0,
         on_episode: Callable[[], None] = lambda: None,
     ):
-        """Starts at once.
+        """Starts immediately.
 
         Args:
             loop: where episodes run.
             play: plays one episode.
-            stream: of problems.
-            prompts: groups a batch.
-            samples: episodes a group.
-            concurrency: episodes at once.
-            batches: of the whole run; no group is started that none of them needs.
+            tasks: the problems.
+            prompts: groups per batch.
+            samples: episodes per group.
+            concurrency: concurrent episodes.
+            batches: of the whole run; groups beyond them are not started.
             max_staleness: weight versions that generation may run ahead.
             filter_groups: drop groups whose raw accuracies are all equal and play the next problem instead.
-            frontier: where a resumed run goes on.
+            frontier: where a resumed run continues.
             version: weight version that the engine samples from.
             on_episode: called in the loop's thread after each episode.
         """
         frontier = frontier or Frontier()
-        self._loop, self._play, self._stream = loop, play, stream
+        self._loop, self._play, self._tasks = loop, play, tasks
         self._prompts, self._samples, self._batches, self._staleness = prompts, samples, batches, max_staleness
         self._filter, self._on_episode, self._concurrency = filter_groups, on_episode, concurrency
         self._redo, self._next = list(frontier.pending), frontier.next
         self._version, self._accepted = version, version * prompts
-        self._untrained: set[int] = set(frontier.pending)  # started, or about to be, and not yet trained or dropped
+        self._untrained: set[int] = set(frontier.pending)  # neither trained nor dropped
         self._running: set[asyncio.Task] = set()
+        self._batch = version  # number of the next batch, which is the version that it trains
+        self._born: dict[int, int] = {}  # position -> version at its start, of groups that no batch has taken
+        self._ready: list[Group] = []  # finished, in this order
         self._done: queue.Queue[Group | BaseException] = queue.Queue()
         self._lock = threading.Lock()
-        self.dropped = 0
+        self._dropped = self._dropped_in_a_row = 0
         loop.run(self._begin())
 
     async def _begin(self) -> None:
@@ -183,12 +194,13 @@ class Scheduler:
                 position = self._redo.pop(0) if self._redo else self._next
                 self._next = max(self._next, position + 1)
                 self._untrained.add(position)
+                self._born[position] = self._version
             task = asyncio.ensure_future(self._group(position))
             self._running.add(task)
             task.add_done_callback(self._finished)
 
     async def _group(self, position: int) -> Group:
-        task = self._stream[position]
+        task = self._tasks[position]
         return await play_group(self._play, task, position, self._samples, self._limit, self._on_episode)
 
     def _finished(self, task: asyncio.Task) -> None:
@@ -200,32 +212,76 @@ class Scheduler:
             return
         group = task.result()
         if self._filter and group.all_equal:
-            self.dropped += 1
             with self._lock:
                 self._untrained.discard(group.position)
+                del self._born[group.position]
+            if not self._drop():
+                return
         else:
             self._accepted += 1
+            self._dropped_in_a_row = 0
             self._done.put(group)
         self._fill()
 
+    def _drop(self) -> bool:
+        """Counts a dropped group; False ends the run, because no problem teaches anything any more."""
+        self._dropped += 1
+        self._dropped_in_a_row += 1
+        limit = DROPPED_BATCHES * self._prompts
+        message = (
+            f"rl.filter_groups: all samples have the same accuracy in {self._dropped_in_a_row} consecutive problems; "
+            "choose problems of medium difficulty (launch.curate), or set rl.filter_groups to False"
+        )
+        if self._dropped_in_a_row == limit // 8:
+            log.warning("%s", message)
+        if self._dropped_in_a_row >= limit:
+            self._done.put(NothingToLearn(message))
+        return self._dropped_in_a_row < limit
+
     def next_batch(self, check: Callable[[], None] = lambda: None) -> list[Group]:
-        """Waits for the next `prompts` groups; they are in the order of their positions.
+        """Waits for the next `prompts` groups and returns them in the order of their positions.
 
         Args:
-            check: called twice a second while it waits; may raise to end the waiting. No group is lost by it: what
-                was not handed out is not trained, and so pending.
+            check: called twice per second while waiting; may raise to stop. No group is lost by that: groups that were
+                not returned are not trained, hence pending.
+
+        Raises:
+            NothingToLearn: `filter_groups` finds nothing to train on.
         """
-        groups: list[Group] = []
-        while len(groups) < self._prompts:
+        while True:
             check()
+            if groups := self._take():
+                return sorted(groups, key=lambda group: group.position)
             try:
                 item = self._done.get(timeout=0.5)
             except queue.Empty:
                 continue
             if isinstance(item, BaseException):
                 raise item
-            groups.append(item)
-        return sorted(groups, key=lambda group: group.position)
+            self._ready.append(item)
+
+    def _take(self) -> list[Group]:
+        """The groups of the next batch, oldest first; empty while the batch must wait."""
+        with self._lock:
+            born = self._born
+            ready = sorted(self._ready, key=lambda group: born[group.position])
+            for version in range(self._batch - self._staleness, self._batch + 1):
+                # Later batches can still take `room` of the groups that were started up to `version`.
+                room = (version + self._staleness - self._batch) * self._prompts
+                due = sum(one <= version for one in born.values()) - room
+                if due > sum(born[group.position] <= version for group in ready):
+                    return []
+            if len(ready) < self._prompts:
+                return []
+            groups, self._ready = ready[: self._prompts], ready[self._prompts :]
+            self._batch += 1
+            for group in groups:
+                del born[group.position]
+            return groups
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the start."""
+        return {"rollout/groups_dropped": float(self._dropped)}
 
     def trained(self, groups: Iterable[Group]) -> Frontier:
         """Marks groups as trained and returns the frontier that a checkpoint stores."""
@@ -234,7 +290,7 @@ class Scheduler:
             return Frontier(self._next, sorted(self._untrained))
 
     def published(self, version: int) -> None:
-        """The engine samples from `version` now: more may be started."""
+        """Notes that the engine samples from `version` now, and starts more groups."""
 
         async def advance() -> None:
             self._version = version
@@ -243,7 +299,7 @@ class Scheduler:
         self._loop.run(advance())
 
     def close(self) -> None:
-        """Cancels the episodes that run."""
+        """Cancels the running episodes."""
 
         async def cancel() -> None:
             for task in list(self._running):

@@ -70,7 +70,7 @@ KINDS = {
         folder=".venv-sglang-jax",
         install="third_party/sglang_jax/install.sh",
         command=(str(CHECKOUT / "third_party" / "sglang_jax" / "launch.py"),),
-        flags=("--skip-tokenizer-init", "--stream-output", "--skip-server-warmup"),
+        flags=("--skip-tokenizer-init", "--skip-server-warmup"),
         cpu_flags=(
             *("--device", "cpu", "--dtype", "float32", "--attention-backend", "native", "--page-size", "1"),
             *("--disable-precompile", "--enable-single-process", "--max-running-requests", "16"),
@@ -159,6 +159,7 @@ class LaunchedServers:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
         if not flags:
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "JAX_PLATFORMS": "cpu"}
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(log_dir).absolute() / "compiled"))
         for index, (port, file) in enumerate(zip(self._ports, self.logs, strict=True)):
             command = [str(python), *server.command, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--model-path", str(model_path), "--context-length", str(context_length)]

@@ -97,7 +97,7 @@ def run_rl(
                 run.phase("RL", steps - progress.step),
                 steps=steps,
                 start=progress,
-                engine_metrics=generation.metrics,
+                engine_metrics=lambda: generation.metrics() | rollouts.metrics(),
             )
         if steps and evaluate is not None:
             evaluate(steps)

@@ -56,6 +56,10 @@ class SharedRollouts:
         if self.scheduler is not None:
             self.scheduler.published(version)
 
+    def metrics(self) -> dict[str, float]:
+        """See Scheduler.metrics."""
+        return self.scheduler.metrics() if self.scheduler is not None else {}
+
     def close(self) -> None:
         """See Scheduler.close."""
         if self.scheduler is not None:

@@ -1,4 +1,4 @@
-"""Real SGLang servers for the tests marked `sglang`, shared by all of them."""
+"""Real SGLang servers for the tests marked `sglang`: torch SGLang, and sglang-jax for the tests of `qwen3`."""
 
 import contextlib
 import os
@@ -9,31 +9,36 @@ import pytest
 from open_agentrl_jax.rollout import servers
 from open_agentrl_jax.types import UserError
 
+RUN = "pytest -n 0 -m sglang tests/rollout"
+
+
+def missing(kind: str) -> str:
+    """Why a server cannot be started here; empty if it can."""
+    try:
+        servers.interpreter(kind)
+    except UserError:
+        return f"needs the server: {servers.KINDS[kind].install}, then {RUN}"
+    # Each worker would start servers of its own.
+    return f"real servers need one process: {RUN}" if "PYTEST_XDIST_WORKER" in os.environ else ""
+
 
 def pytest_collection_modifyitems(items):
-    """Skips what needs a server where none is installed, and says how to install it. CI installs it and never skips.
-
-    Nor do several workers run it: each would start servers of its own.
-    """
-    if os.environ.get("CI_SGLANG") == "1":
-        return
-    reason = ""
-    try:
-        servers.interpreter()
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            reason = "real SGLang servers are for one process: pytest -n 0 -m sglang tests/rollout"
-    except UserError:
-        reason = f"needs the SGLang server: {servers.KINDS['sglang'].install}, then pytest -n 0 -m sglang tests/rollout"
+    """Skips tests whose server is not installed. CI installs the servers it names in CI_SGLANG and never skips them."""
+    required = os.environ.get("CI_SGLANG", "").split(",")
+    reasons = {kind: "" if kind in required else missing(kind) for kind in servers.KINDS}
     for item in items:
-        if reason and "sglang" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if "sglang" in item.keywords:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            kind = parameters.get("qwen3", "sglang")
+            if reasons[kind]:
+                item.add_marker(pytest.mark.skip(reason=reasons[kind]))
 
 
 VOCAB, CONTEXT = 512, 1024
 
 
 def make_checkpoint(path: pathlib.Path, family: str, seed: int) -> str:
-    """A random model whose log-probs differ much from token to token, in bfloat16 as trainers publish it."""
+    """A random model with widely varying log-probs, in bfloat16 as trainers publish it."""
     import torch
     import transformers
 
@@ -53,7 +58,7 @@ def make_checkpoint(path: pathlib.Path, family: str, seed: int) -> str:
     )
     torch.manual_seed(seed)
     if family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=16, **sizes))
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=128, **sizes))
     else:
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     model.to(torch.bfloat16).save_pretrained(path)
@@ -61,7 +66,7 @@ def make_checkpoint(path: pathlib.Path, family: str, seed: int) -> str:
 
 
 class Checkpoints:
-    """Folders of tiny models, and the log-probs that they give: the trainer's forward, by another implementation."""
+    """Folders of tiny models and their log-probs: the trainer's forward in another implementation."""
 
     def __init__(self, root: pathlib.Path):
         self.paths = {
@@ -75,7 +80,7 @@ class Checkpoints:
         self._models = {key: load(path, dtype="float32") for key, path in self.paths.items()}
 
     def logprobs(self, key, ids, temperature: float = 1.0):
-        """[t], of ids[i] given ids[:i]; 0 for the first."""
+        """[t - 1] log-probs of ids[i + 1] given ids[: i + 1]."""
         return self.distributions(key, ids, temperature).gather(1, self._tensor(ids)[1:, None])[:, 0].numpy()
 
     def distributions(self, key, ids, temperature: float = 1.0):
@@ -99,23 +104,24 @@ def checkpoints(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def launched(checkpoint, count, logs):
+def launched(checkpoint, count, logs, kind):
     with servers.LaunchedServers(
-        checkpoint, count, log_dir=logs, context_length=CONTEXT, max_tokens=16 * CONTEXT
+        checkpoint, count, log_dir=logs, context_length=CONTEXT, max_tokens=16 * CONTEXT, kind=kind
     ) as these:
         these.wait()
         yield these
 
 
-@pytest.fixture(scope="session")
-def qwen3(checkpoints, tmp_path_factory):
-    """Two real servers, started when first asked for: that takes half a minute or more."""
-    with launched(checkpoints.paths["qwen3", 0], 2, tmp_path_factory.mktemp("qwen3")) as these:
+@pytest.fixture(scope="session", params=["sglang", "sglang_jax"])
+def qwen3(checkpoints, tmp_path_factory, request):
+    """Two real servers of one kind; they take half a minute or more to start."""
+    with launched(checkpoints.paths["qwen3", 0], 2, tmp_path_factory.mktemp("qwen3"), request.param) as these:
+        these.kind = request.param
         yield these
 
 
 @pytest.fixture(scope="session")
 def qwen2(checkpoints, tmp_path_factory):
-    """One real server."""
-    with launched(checkpoints.paths["qwen2", 0], 1, tmp_path_factory.mktemp("qwen2")) as these:
+    """One real SGLang server."""
+    with launched(checkpoints.paths["qwen2", 0], 1, tmp_path_factory.mktemp("qwen2"), "sglang") as these:
         yield these

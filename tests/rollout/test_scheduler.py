@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop, Frontier, Scheduler, play_all
-from open_agentrl_jax.types import Message, Task, Trajectory
+from open_agentrl_jax.types import Message, NothingToLearn, Task, Trajectory
 
 
 class Problems:
@@ -80,8 +80,42 @@ def test_equal_groups_are_dropped_and_the_next_problems_played(loop):
     play = Play(accuracy=lambda position, sample: 1.0 if position in (1, 2) else float(sample))
     scheduler = schedule(loop, play, filter_groups=True)
     assert [g.position for g in scheduler.next_batch()] == [0, 3, 4, 5]
-    assert scheduler.dropped == 2
+    assert scheduler.metrics() == {"rollout/groups_dropped": 2}
     assert scheduler.trained([]).pending == [0, 3, 4, 5]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 3])
+def test_no_group_is_older_than_the_bound(loop, max_staleness):
+    """Durations of episodes vary a hundredfold; without the bound, slow groups of early versions train late."""
+    version, born = 0, {}
+
+    async def play(task, *, position, sample, attempt):
+        born.setdefault(position, version)
+        await asyncio.sleep(0.1 if position in (1, 6, 7, 13) else 0.001)
+        return trajectory()
+
+    scheduler = schedule(loop, play, concurrency=100, batches=12, max_staleness=max_staleness)
+    ages, seen = [], []
+    for version in range(12):
+        scheduler.published(version)
+        batch = scheduler.next_batch()
+        ages += [version - born[group.position] for group in batch]
+        seen += [group.position for group in batch]
+        scheduler.trained(batch)
+    assert sorted(seen) == list(range(48))
+    assert max(ages) == max_staleness
+
+
+def test_groups_without_signal_end_the_run(loop, monkeypatch, caplog):
+    monkeypatch.setattr("open_agentrl_jax.rollout.scheduler.DROPPED_BATCHES", 8)
+    play = Play()
+    scheduler = schedule(loop, play, filter_groups=True)
+    with pytest.raises(NothingToLearn, match=r"^rl\.filter_groups: .* 32 consecutive problems"):
+        scheduler.next_batch()
+    loop.run(asyncio.sleep(0.05))
+    assert len({position for position, _, _ in play.started}) <= 36  # nothing is started afterwards
+    assert "4 consecutive problems" in caplog.text
+    scheduler.close()
 
 
 def test_no_group_is_started_that_no_batch_needs(loop):

@@ -1,4 +1,4 @@
-"""What a real SGLang server says, and what the pool makes of it. See conftest.py."""
+"""Requests to real servers through the pool. See conftest.py."""
 
 import asyncio
 import time
@@ -13,10 +13,9 @@ from tests.rollout.pools import PROMPT, Trainer, check, flowing, make_pool, runn
 pytestmark = pytest.mark.sglang
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
-async def test_logprobs_are_those_of_the_model(request, checkpoints, family):
+async def logprobs_are_those_of_the_model(servers, checkpoints, family):
     trainer = Trainer(checkpoints, family)
-    async with make_pool(request.getfixturevalue(family).urls, trainer) as pool:
+    async with make_pool(servers.urls, trainer) as pool:
         await trainer.publish(pool, 1)
         one = await pool.generate(PROMPT, Sampling(40))
         check(checkpoints, PROMPT, one, family=family, tokens=40)
@@ -34,6 +33,14 @@ async def test_logprobs_are_those_of_the_model(request, checkpoints, family):
         end = greedy.ids.tolist().index(stop) + 1
         assert stopped.finish_reason == "stop"
         assert stopped.ids.tolist() == greedy.ids[:end].tolist()
+
+
+async def test_logprobs_of_qwen3(qwen3, checkpoints):
+    await logprobs_are_those_of_the_model(qwen3, checkpoints, "qwen3")
+
+
+async def test_logprobs_of_qwen2(qwen2, checkpoints):
+    await logprobs_are_those_of_the_model(qwen2, checkpoints, "qwen2")
 
 
 async def test_truncated_sampling(qwen2, checkpoints):
