@@ -1,4 +1,4 @@
-"""The protocol every generator of tokens follows: the embedded one and pools of remote servers alike."""
+"""The protocol of token generators: the embedded engine and pools of remote servers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from open_agentrl_jax.types import Completion, Sampling
 
 
 class Engine(Protocol):
-    """Tokens in, tokens out. Methods are coroutines and safe to call many times at once from one event loop."""
+    """Tokens in, tokens out. Methods are coroutines that may run concurrently in one event loop."""
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, session: str = "") -> Completion:
         """Continues `ids`.
 
         Args:
             ids: the whole sequence so far, prompt included.
-            sampling: how to sample.
-            session: names the episode, so that its turns reuse the prefix already computed.
+            sampling: sampling parameters.
+            session: name of the episode; its turns reuse the cached prefix.
 
         Raises:
             ValueError: an id outside the vocabulary, or no room in the context.
-            EngineError: the infrastructure failed after retries; never the model's fault.
+            EngineError: the infrastructure failed, retries included; never the model's fault.
         """
         ...
 
@@ -30,9 +30,9 @@ class Engine(Protocol):
         ...
 
     async def release(self, session: str) -> None:
-        """The episode is over: what is kept for it may go, and what still runs for it is aborted."""
+        """Ends an episode: frees its cache and aborts its running requests."""
         ...
 
 
 class EngineError(RuntimeError):
-    """Generation failed for a reason that is not the model's."""
+    """Generation failed for a reason other than the model."""

@@ -1,11 +1,12 @@
-"""The embedded engine: continuous batching over cache slots, one thread that talks to the device, asyncio callers.
+"""The embedded engine: continuous batching over cache slots. One thread drives the device; callers use asyncio.
 
-What a request gets depends, bit for bit, on the weights, its session's own calls and its seed; never on other requests:
- - rows of one dispatch do not mix (models/decode.py), and a draw's key is folded from the seed and the position;
- - what is new in a request is computed in chunks that its length alone decides;
+The result of a request depends, bit for bit, on the weights, the calls of its own session and its seed, never on other
+requests:
+ - rows of one dispatch do not mix (models/decode.py), and sampling keys are folded from the seed and the position;
+ - new tokens are computed in chunks that depend on their number alone;
  - the prompt of a group is computed once and copied, only from an equal prompt that was computed from position 0;
- - a session keeps its cache until `release`. When slots run out, the one idle longest is parked in host memory and
-   comes back unchanged. It is never computed again, as a decode step and a prefill may differ in the last bit.
+ - a session keeps its cache until `release`. When slots run out, the session idle longest is moved to host memory and
+   returns unchanged. It is never recomputed, because a decode step and a prefill may differ in the last bit.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.slots import Prefill, Request, Slots
 from open_agentrl_jax.types import Completion, Sampling, UserError
 
-# On CPU a row costs time: where few run, decode so many, if a check finds the bits the same (below 64 rows the matrix
-# products have others). Elsewhere the weights' way through memory costs, whatever the rows.
+# On CPUs time grows with the rows, so small batches are decoded with this many rows if a check finds the results
+# bit-equal (below 64 rows they are not). On accelerators reading the weights dominates, whatever the number of rows.
 _COMPACT = (64,)
-_PREFILL_TOKENS = {"cpu": 128}  # what a prefill dispatch aims at: short chunks of several requests share one
-_MOST_COPIED = 10**9  # parameters of a model whose layers a CPU copies, at most: 4 GB in float32
-_GATHER_SECONDS = 0.001  # an idle engine waits this long for the rest of a burst
+_PREFILL_TOKENS = {"cpu": 128}  # target size of a prefill dispatch: short chunks of several requests share one
+_MOST_COPIED = 10**9  # parameters of the largest model whose layers a CPU copies: 4 GB in float32
+_GATHER_SECONDS = 0.001  # an idle engine waits this long for more requests of a burst
 
 _compilations: collections.Counter[int | None] = collections.Counter()  # by thread
 
@@ -50,9 +51,9 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class LocalEngine:
-    """Generates on one device of this process or on a mesh of them; follows `rollout.engine.Engine`.
+    """Generates on one device of this process or on a mesh; implements `rollout.engine.Engine`.
 
-    One thread owns the cache. Methods may be called from any thread, the coroutines from any event loop.
+    One thread owns the cache. Methods may be called from any thread, coroutines from any event loop.
     """
 
     def __init__(
@@ -72,26 +73,26 @@ class LocalEngine:
         """Allocates the cache and starts the thread; `warmup` compiles.
 
         Args:
-          params: as models.qwen has them; see `set_params`.
+          params: parameters of models.qwen; see `set_params`.
           model_config: the model.
-          slots: requests decoded at once; on a mesh rounded up to a multiple of data x fsdp x seq.
-          max_length: tokens of a sequence, prompt included.
-          dtype: of the computation and the cache; the model's compute dtype where None.
-          decode_chunk: tokens a request may get before others can join.
-          prefill_chunks: lengths that prefill is compiled for; those above half of max_length are left out.
+          slots: requests decoded together; on a mesh rounded up to a multiple of data x fsdp x seq.
+          max_length: tokens per sequence, prompt included.
+          dtype: of computation and cache; None: the model's compute dtype.
+          decode_chunk: tokens decoded per dispatch, before other requests can join.
+          prefill_chunks: lengths that prefill is compiled for; lengths above half of max_length are left out.
           version: of `params`.
-          mesh: devices of this process to generate on together, laid out as the trainer's; None: one device.
-          weights: "same", or "int8": it samples, and gives log-probs, from a copy with 8-bit matrices (models/int8.py).
+          mesh: devices of this process, laid out as the trainer's; None: one device.
+          weights: "same", or "int8": samples from (and takes log-probs of) a copy with 8-bit matrices (models/int8.py).
 
         Raises:
-          UserError: a size that cannot be, or a mesh that does not divide the model.
+          UserError: an invalid size, or a mesh that does not divide the model.
         """
         for name, value in {"slots": slots, "max_length": max_length - 1, "decode_chunk": decode_chunk}.items():
             if value < 1:
-                raise UserError(f"engine: {name}: {value} is too small; raise it")
+                raise UserError(f"engine: {name}={value} is too small; raise it")
         if max_length > model_config.max_position_embeddings:
             raise UserError(
-                f"engine: max_length: {max_length} is more than the model's max_position_embeddings "
+                f"engine: max_length={max_length} exceeds the model's max_position_embeddings="
                 f"{model_config.max_position_embeddings}; lower it"
             )
         self.config = dataclasses.replace(model_config, compute_dtype=dtype or model_config.compute_dtype, remat="none")
@@ -104,8 +105,8 @@ class LocalEngine:
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
         self._expected = qwen.abstract_params(self.config)
-        # Where weights are most of what a step moves, a copy with the layers apart pays on a CPU, if it finds room.
-        # Accelerators share the trainer's.
+        # If a step mostly moves weights, a CPU is faster with a copy of unstacked layers. Accelerators share the
+        # trainer's arrays.
         cpu = jax.default_backend() == "cpu" and self._mesh is None
         small = sum(x.size for x in jax.tree.leaves(self._expected)) <= _MOST_COPIED
         self._apart = cpu and small and 2 * slots < model_config.hidden_size
@@ -114,7 +115,7 @@ class LocalEngine:
         self._device, self._shardings = here, jax.tree.map(lambda _: here, self._expected)
         if self._mesh is not None:
             self._device, self._shardings = self._mesh, qwen.param_shardings(self.config, self._mesh)
-        # What is dispatched from several threads must come to all devices of a mesh in one order (parallel/mesh.py).
+        # Dispatches of several threads must reach all devices of a mesh in the same order (parallel/mesh.py).
         self._turn = launching if self._mesh is not None else contextlib.nullcontext()
         self._compiled = 0
         self._wake = threading.Condition()
@@ -126,18 +127,18 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
         self._thread.start()
         atexit.register(_close, weakref.ref(self))
-        self._call(self._reset)  # in the thread, where no mesh is set but the engine's
+        self._call(self._reset)  # in the thread, where only the engine's mesh is set
         self.set_params(params, version)
         self._compiled = _compilations[self._thread.ident]
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, session: str = "") -> Completion:
-        """See `Engine.generate`. A session runs one request at a time; a cancelled request leaves its slot at once.
+        """See `Engine.generate`. A session runs one request at a time; a cancelled request frees its slot immediately.
 
-        Temperature 0 is greedy, its log-probs are those at temperature 1. Without a session nothing is kept.
+        Temperature 0 is greedy, with log-probs at temperature 1. Without a session no cache is kept.
         """
         request = Request(self._check(ids, sampling), sampling, session, asyncio.get_running_loop().create_future())
         if session in self._generating:
-            raise ValueError(f"session {session!r} is generating already")
+            raise ValueError(f"session {session!r} already generates")
         self._generating |= {session} - {""}
         try:
             self._post(lambda: self._waiting.append(request))
@@ -150,7 +151,7 @@ class LocalEngine:
             self._generating.discard(session)
 
     async def release(self, session: str) -> None:
-        """See `Engine.release`; a request that still runs returns what it has, with finish_reason "abort"."""
+        """See `Engine.release`; a running request returns its tokens with finish_reason "abort"."""
         self._post(lambda: self._release(session))
 
     async def update_weights(self, path: str, version: int) -> None:
@@ -162,49 +163,42 @@ class LocalEngine:
         config, params = await asyncio.to_thread(hf.load_pretrained, path, self._mesh, self.config.compute_dtype)
         run_time = {name: getattr(self.config, name) for name in RUN_TIME}
         if dataclasses.replace(config, **run_time) != self.config:
-            raise UserError(f"{path}: config.json: another model than the engine's; give an export of the same model")
+            raise UserError(
+                f"{path}: config.json is of another model than the engine's; use an export of the same model"
+            )
         await asyncio.to_thread(self.set_params, params, version)
 
     def set_params(self, params: qwen.Params, version: int) -> None:
-        """Samples from `params` from the next dispatch on; when it returns, the former ones are no longer in use.
+        """Samples from `params` from the next dispatch on; the previous ones are unused when it returns.
 
-        Arrays of the engine's dtype that lie where it generates, on its device or over its mesh, are shared and not
-        copied: do not donate them while anything generates. On a CPU with few slots the layers are copied.
-        Requests in flight, and later turns of sessions, go on from the cache they have; each token carries its version.
+        Arrays with the engine's dtype and sharding are shared, not copied: do not donate them while anything generates.
+        On a CPU with few slots the layers are copied. Requests in flight and later turns of sessions keep their cache;
+        each token carries its version.
 
         Raises:
-          ValueError: they are not parameters of this model.
+          ValueError: not the parameters of this model.
         """
         if _shapes(params) != _shapes(self._expected):
-            raise ValueError("params do not have the names and shapes of this model's")
+            raise ValueError("params do not have the names and shapes of this model")
         self._call(lambda: self._set_params(params, version))
 
     def warmup(self) -> None:
-        """Compiles every shape there is; whatever is compiled later counts as `recompilations`."""
+        """Compiles all shapes; later compilations count as `recompilations`."""
         self._call(self._compile)
 
     def stats(self) -> dict[str, int]:
-        """What was done since the start.
+        """Counts since the start.
 
-        prefill_tokens were computed, cached_tokens were not because a session or an equal prompt had them;
-        generated_tokens came from decode_steps, whose rows add up to decode_rows; dispatches are calls of the device;
-        parked counts slots moved to host memory; recompilations are those since `warmup`.
+        prefill_tokens were computed; cached_tokens came from a session's or an equal prompt's cache. decode_steps made
+        generated_tokens with decode_rows rows in total; dispatches counts device calls, parked the slots moved to host
+        memory, recompilations the compilations after `warmup`.
         """
-        names = (
-            "prefill_tokens",
-            "cached_tokens",
-            "generated_tokens",
-            "decode_steps",
-            "decode_rows",
-            "dispatches",
-            "parked",
-        )
-        return {name: self._counters[name] for name in names} | {
-            "recompilations": _compilations[self._thread.ident] - self._compiled
-        }
+        names = "prefill_tokens cached_tokens generated_tokens decode_steps decode_rows dispatches parked"
+        counts = {name: self._counters[name] for name in names.split()}
+        return counts | {"recompilations": _compilations[self._thread.ident] - self._compiled}
 
     def close(self) -> None:
-        """Ends the thread and frees the cache; whoever still waits gets an EngineError."""
+        """Ends the thread and frees the cache; pending requests fail with EngineError."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -217,7 +211,7 @@ class LocalEngine:
         if len(bad := array[(array < 0) | (array >= self.config.vocab_size)]):
             raise ValueError(f"id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
         if array.size >= self.max_length:
-            raise ValueError(f"{array.size} ids leave no room in the context of {self.max_length}")
+            raise ValueError(f"{array.size} ids leave no room in a context of {self.max_length} tokens")
         if sampling.max_tokens < 1:
             raise ValueError(f"max_tokens {sampling.max_tokens} must be at least 1")
         if len(sampling.stop_ids) > decode.STOPS:
@@ -235,7 +229,7 @@ class LocalEngine:
             self._wake.notify()
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Runs `function` in the thread and waits for it; its exception is raised here."""
+        """Runs `function` in the thread, waits for it, and raises its exception."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def action() -> None:
@@ -247,14 +241,14 @@ class LocalEngine:
         self._post(action)
         done.result()
 
-    # From here on, only the thread.
+    # Everything below runs in the engine's thread.
 
     def _run(self) -> None:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             self._loop()
 
     def _loop(self) -> None:
-        _compilations[threading.get_ident()] = 0  # the number may have been that of a thread before
+        _compilations[threading.get_ident()] = 0  # thread ids are reused
         while True:
             with self._wake:
                 while not (self._closed or self._inbox or self._waiting or self._books.running.any()):
@@ -278,8 +272,8 @@ class LocalEngine:
                 break
 
     def _reset(self) -> None:
-        """Nothing runs, nothing is held."""
-        # Placed like all that comes after it: what is compiled for arrays without a place serves none that have one.
+        """Empties cache and bookkeeping."""
+        # Committed to its device as later caches are: a program compiled for uncommitted arrays would not be reused.
         self._cache = kv.init_cache(self.config, self.slots, self.max_length, self._device)
         self._forget()
 
@@ -288,7 +282,7 @@ class LocalEngine:
         self._waiting: collections.deque[Request] = collections.deque()
 
     def _fail(self, error: Exception) -> None:
-        """Every request gets the error; the engine goes on empty, as a dispatch that fails has eaten the cache."""
+        """Fails every request and continues with an empty cache, since a failed dispatch has consumed the old one."""
         for request in [*self._books.requests, *self._waiting]:
             if request is not None:
                 failure = EngineError(
@@ -304,7 +298,7 @@ class LocalEngine:
             by_loop.setdefault(request.future.get_loop(), []).append((request, result))
         self._outbox = []
         for loop, results in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(_resolve, results)
 
     def _drop(self, request: Request) -> None:
@@ -324,7 +318,7 @@ class LocalEngine:
 
     def _set_params(self, params: qwen.Params, version: int) -> None:
         dtype = np.dtype(self.config.compute_dtype)
-        # The mesh that the arrays come from is the trainer's affair; device_put shares what lies in its place already.
+        # device_put shares arrays that already have the sharding, whatever mesh they come from.
         with self._turn:
             placed = jax.tree.map(jax.device_put, params, self._shardings)
             if self._weights == "int8":
@@ -381,16 +375,14 @@ class LocalEngine:
         if self._mesh is None:
             size = next(size for size in self._sizes if size >= len(slots))
             rows, of = self._books.batch(slots, size), slice(len(slots))
-        else:  # each row on the device that has its slot
+        else:  # each row must stay on the device of its slot
             size, rows, of = self.slots, self._books.batch(np.arange(self.slots), self.slots), slots
         self._cache, out = self._dispatch(
             decode.decode, self._params, self.config, self._cache, rows, self.decode_chunk
         )
         out = jax.device_get(out)
         tokens, logprobs, count, left = (x[..., of] for x in out[:4])
-        if not np.isfinite(
-            logprobs
-        ).all():  # what such a pass leaves in the cache would spoil whoever has the slot next
+        if not np.isfinite(logprobs).all():  # NaNs in the cache would spoil the next request of the slot
             raise EngineError(f"weights of version {self._version} give log-probs that are not finite")
         self._books.record(slots, tokens, logprobs, count, self._version)
         self._books.rows.left[slots] = left
@@ -417,7 +409,7 @@ class LocalEngine:
         self._compiled = _compilations[self._thread.ident]
 
     def _agrees(self, size: int) -> bool:
-        """Whether decoding `size` rows gives the bits that decoding all slots gives them, on a random cache."""
+        """Whether decoding `size` rows is bit-equal to decoding all slots, on a random cache."""
         random = np.random.default_rng(0)
         content = [random.standard_normal(x.shape, np.float32) for x in self._cache]
         rows = self._books.batch(np.arange(self.slots), self.slots)._replace(

@@ -1,7 +1,7 @@
-"""Who is in which cache slot: sessions, shared prompts, what each slot holds and samples next. Numpy and no device.
+"""Bookkeeping of cache slots: sessions, shared prompts, the tokens of each slot and its next step. Numpy, no device.
 
-A slot is free (it belongs to nobody, though its content may still serve as an equal prompt), idle (a session's, between
-two turns), or running. What is decided here depends on arrival; what a request gets does not (rollout/local.py).
+A slot is free (no owner, but an equal prompt may still copy from it), idle (owned by a session between two turns), or
+running. Decisions made here depend on the order of arrival; results of requests do not (rollout/local.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from open_agentrl_jax.types import Completion, Sampling
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One call of `generate` and the future that its caller awaits."""
+    """One call of `generate`, and the future that its caller awaits."""
 
     ids: np.ndarray  # [t] int32
     sampling: Sampling
@@ -31,7 +31,7 @@ class Request:
 
 @dataclasses.dataclass
 class Parked:
-    """An idle session that lost its slot: the slot's content in host memory, and the tokens it stands for."""
+    """An idle session without a slot: the cache content in host memory, and its tokens."""
 
     content: Any
     history: np.ndarray
@@ -39,7 +39,7 @@ class Parked:
 
 @dataclasses.dataclass
 class Prefill:
-    """Tokens [start, start + len) of a slot that are to be computed, and the chunk sizes to do it in."""
+    """Tokens to compute at [start, start + len) of a slot, and the chunk sizes to use."""
 
     slot: int
     tokens: np.ndarray
@@ -48,18 +48,18 @@ class Prefill:
 
 
 @dataclasses.dataclass
-class Plan:
-    """What the device must do before those admitted can decode, in this order."""
+class Admission:
+    """Device work, in this order, before the admitted requests can decode."""
 
-    ready: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # slot copies of what the cache holds now
+    ready: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # slot copies of present cache content
     restored: list[tuple[int, Any]] = dataclasses.field(default_factory=list)  # slot, parked content
     prefills: list[Prefill] = dataclasses.field(default_factory=list)
-    late: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # slot copies of what `prefills` computes
-    cached: int = 0  # tokens that need no computing
+    late: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # slot copies of the results of `prefills`
+    cached: int = 0  # tokens that need no computation
 
 
 class Slots:
-    """The books of `slots` cache slots of `max_length` tokens."""
+    """State of `slots` cache slots of `max_length` tokens each."""
 
     def __init__(self, slots: int, max_length: int, chunks: Sequence[int]):
         self.slots, self.max_length, self.chunks = slots, max_length, chunks
@@ -84,20 +84,20 @@ class Slots:
         self._session = [""] * slots
         self._slot_of: dict[str, int] = {}
         self._parked: dict[str, Parked] = {}
-        self._used = np.zeros(slots, np.int64)  # when the slot was last given or left
+        self._used = np.zeros(slots, np.int64)  # when the slot was last assigned or left
         self._clock = 0
-        # Prompts computed from position 0 with the present weights: their bytes -> the slot, and back.
+        # Prompts computed from position 0 with the current weights: bytes -> slot, and slot -> bytes.
         self._prompts: dict[bytes, int] = {}
         self._prompt_of = [b""] * slots
 
-    def admit(self, waiting: collections.deque[Request], park: Callable[[int], Any]) -> Plan:
-        """Gives slots to those of `waiting` for whom there is one; the others stay in it, in order.
+    def admit(self, waiting: collections.deque[Request], park: Callable[[int], Any]) -> Admission:
+        """Assigns slots to requests of `waiting` as far as there are any; the others stay in it, in order.
 
         Args:
-          waiting: requests, first come first; no two of one session.
-          park: reads a slot's content, which is about to be overwritten.
+          waiting: requests in the order of arrival; at most one per session.
+          park: reads the content of a slot that is about to be overwritten.
         """
-        plan, fresh = Plan(), set()
+        plan, fresh = Admission(), set()
         for request in [waiting.popleft() for _ in range(len(waiting))]:
             prompt = request.ids[:-1].tobytes()
             slot = self._slot_of.get(request.session, -1)
@@ -120,7 +120,7 @@ class Slots:
     def record(
         self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, count: np.ndarray, version: int
     ) -> None:
-        """Appends to each of `slots` [a] the first count[a] of tokens and logprobs [n a], sampled from `version`."""
+        """Appends the first count[a] of tokens and logprobs [n a], sampled from `version`, to each of `slots` [a]."""
         number = np.arange(len(tokens))[:, None]
         new = number < count
         at = np.broadcast_to(slots, new.shape)[new], (self.rows.position[slots] + 1 + number)[new]
@@ -130,7 +130,7 @@ class Slots:
         self._held[slots] = self.rows.position[slots]
 
     def finish(self, slot: int, reason: str) -> tuple[Request, Completion]:
-        """Ends the slot's request; the slot stays its session's."""
+        """Ends the request of a slot; the session keeps the slot."""
         request = self.requests[slot]
         assert request is not None
         new = slice(len(request.ids), int(self.rows.position[slot]) + 1)
@@ -140,39 +140,41 @@ class Slots:
         return request, Completion(ids, logprobs, reason, versions)
 
     def stopped(self, slot: int) -> bool:
-        """Whether the slot's last token is one of its stop ids."""
+        """Whether the last token of the slot is one of its stop ids."""
         return bool((self.rows.token[slot] == self.rows.stop[slot]).any())
 
     def stop(self, slot: int) -> None:
-        """Forgets the slot's request."""
+        """Removes the request of a slot."""
         self.requests[slot], self.running[slot], self.rows.left[slot] = None, False, 0
         self._touch(slot)
 
     def owned_by(self, session: str) -> int:
-        """The session's slot, or -1."""
+        """The slot of a session, or -1."""
         return self._slot_of.get(session, -1)
 
     def release(self, session: str) -> None:
-        """The session is over; its slot, where it has one that is not running, is free."""
+        """Ends a session and frees its slot."""
         self._parked.pop(session, None)
         if (slot := self._slot_of.get(session, -1)) >= 0:
             self._give(slot, "")
 
     def forget_prompts(self) -> None:
-        """The weights have changed: no new request may share what was computed with the old ones."""
+        """Stops sharing prompts that were computed with the previous weights."""
         self._prompts.clear()
         self._prompt_of = [b""] * self.slots
 
     def batch(self, slots: np.ndarray, size: int) -> Rows:
-        """The rows of `slots`, filled up to `size` with rows that do nothing."""
+        """The rows of `slots`, padded to `size` with idle rows."""
         index = np.zeros(size, np.int64)
         index[: len(slots)] = slots
         rows = Rows(*(x[index] for x in self.rows))
         rows.slot[len(slots) :] = self.slots
         return rows
 
-    def _open(self, request: Request, prompt: bytes, plan: Plan, fresh: set[int], park: Callable[[int], Any]) -> int:
-        """A slot for a request that has none, with all that can be had without computing; or -1."""
+    def _open(
+        self, request: Request, prompt: bytes, plan: Admission, fresh: set[int], park: Callable[[int], Any]
+    ) -> int:
+        """Assigns a slot with whatever cache can be reused to a request without one; -1 if there is none."""
         parked = self._parked.get(request.session) if request.session else None
         donor = -1 if parked else self._prompts.get(prompt, -1)
         if (slot := self._take(donor, park)) < 0:
@@ -191,7 +193,7 @@ class Slots:
         return slot
 
     def _take(self, wanted: int, park: Callable[[int], Any]) -> int:
-        """A slot nobody runs in: `wanted` if free, the free one left longest ago, or an idle one, parked; or -1."""
+        """A slot that does not run: `wanted` if free, else the least recently used free or idle (parked) one; or -1."""
         free = ~self.running & ~self._owned
         if wanted >= 0 and free[wanted]:
             return wanted
@@ -233,14 +235,14 @@ class Slots:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading elements are equal."""
+    """The number of equal leading elements."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
 
 
 def cut(n: int, sizes: Sequence[int]) -> list[int]:
-    """The chunks in which `n` tokens are computed: the largest that fit, or a larger one more than half full."""
+    """Splits `n` tokens into chunks: the largest that fit, or a larger one that is more than half full."""
     chunks: list[int] = []
     while n > 0:
         full = max((size for size in sizes if size <= n), default=0)

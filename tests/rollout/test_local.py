@@ -237,7 +237,7 @@ async def test_bad_requests_are_refused_by_name(engine, ids, how, says):
 async def test_a_session_generates_one_thing_at_a_time(engine):
     first = asyncio.ensure_future(engine.generate([1, 2], Sampling(40), session="a"))
     await asyncio.sleep(0)
-    with pytest.raises(ValueError, match="'a' is generating already"):
+    with pytest.raises(ValueError, match="'a' already generates"):
         await engine.generate([1, 2], Sampling(4), session="a")
     await first
     await engine.generate([1, 2], Sampling(4), session="a")
