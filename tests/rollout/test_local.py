@@ -222,7 +222,7 @@ async def test_the_context_is_a_limit_too(engine):
         ([-1, 3], {}, "id -1 is outside"),
         ([], {}, "non-empty"),
         ([0.5], {}, "whole numbers"),
-        ([1] * LENGTH, {}, "no room in the context of 96"),
+        ([1] * LENGTH, {}, "no room in a context of 96"),
         ([1], {"max_tokens": 0}, "max_tokens"),
         ([1], {"top_p": 0.0}, "top_p"),
         ([1], {"temperature": float("nan")}, "temperature"),
