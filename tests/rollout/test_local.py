@@ -405,9 +405,9 @@ async def test_nothing_compiles_after_the_warmup():
 
 def test_sizes_that_cannot_be_are_refused():
     for sizes, says in (
-        ({"slots": 0}, "slots: 0"),
+        ({"slots": 0}, "slots=0"),
         ({"max_length": 1}, "max_length"),
-        ({"max_length": 40000}, "max_position_embeddings 32768"),
+        ({"max_length": 40000}, "max_position_embeddings=32768"),
     ):
         with pytest.raises(UserError, match=says):
             LocalEngine(params_of(), CONFIG, **SIZES | sizes)
