@@ -37,7 +37,7 @@ inside() { # in the allocation: the last SERVER_NODES nodes serve, the others tr
       wait' "$SGLANG_ENV/bin/python" "$MODEL" "$CONTEXT" "$GPUS" &
   done
   local servers=()
-  [[ -z $urls ]] || servers=("--config.rollout.servers=($urls)")
+  [[ -z $urls ]] || servers=("--config.rollout.servers=($urls)" --config.rollout.startup_seconds=1800)
   export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX's default of 0.75 is too little
   trainers=$(IFS=,; echo "${nodes[*]:0:NODES}")
   trap 'kill -TERM "$train"' TERM # to the training step alone: the servers must outlive its last checkpoint

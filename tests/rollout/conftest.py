@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "sglang" in item.keywords:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            kind = parameters.get("qwen3", "sglang")
+            kind = parameters.get("kind") or parameters.get("qwen3", "sglang")
             if reasons[kind]:
                 item.add_marker(pytest.mark.skip(reason=reasons[kind]))
 

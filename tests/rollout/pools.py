@@ -32,7 +32,7 @@ class Trainer:
 
 
 def make_pool(urls, trainer=None, **settings):
-    settings = {"interval": 1.0, "tolerance": 0.02, "outage": 240.0, "deadline": 60.0, **settings}
+    settings = {"interval": 1.0, "tolerance": 0.02, "outage": 240.0, "deadline": 240.0, **settings}
     return SGLangPool(urls, vocab_size=VOCAB, replay=trainer.replay if trainer else None, **settings)
 
 
@@ -65,7 +65,7 @@ async def running(url):
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in await asyncio.to_thread(get))
 
 
-async def until(condition, seconds=60.0):
+async def until(condition, seconds=180.0):
     """Waits for a condition, which may be a coroutine."""
     end = time.monotonic() + seconds
     while True:

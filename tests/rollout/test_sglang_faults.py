@@ -5,7 +5,7 @@ import pytest
 from open_agentrl_jax.types import Sampling
 from tests.rollout.pools import PROMPT, batch, flowing, post, until
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
 
 async def test_errors_of_a_server(qwen3, checkpoints):

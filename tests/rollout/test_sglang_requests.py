@@ -10,7 +10,7 @@ from open_agentrl_jax.types import Sampling
 from tests.rollout.conftest import CONTEXT, VOCAB
 from tests.rollout.pools import PROMPT, Trainer, check, flowing, make_pool, running, until
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
 
 async def logprobs_are_those_of_the_model(servers, checkpoints, family):

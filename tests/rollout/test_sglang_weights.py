@@ -14,7 +14,7 @@ from open_agentrl_jax.types import Sampling, UserError
 from tests.rollout.pools import PROMPT, Trainer, check, flowing, make_pool, until
 from tests.rollout.proxy import Proxy
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
 
 async def test_requests_in_flight_continue_across_updates(qwen3, checkpoints):

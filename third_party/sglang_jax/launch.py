@@ -361,6 +361,8 @@ async def ready():
 
 if __name__ == "__main__":
     try:
-        http_server.launch(ServerArgs.from_cli(sys.argv[1:]))
+        arguments = ServerArgs.from_cli(sys.argv[1:])
+        arguments.stream_output = False  # generate_request makes the increments; upstream's may skip tokens
+        http_server.launch(arguments)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
