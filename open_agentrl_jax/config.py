@@ -187,8 +187,8 @@ class Agent:
     max_prompt: int = setting(2560, "tool schemas included; longer prompts are dropped and counted", at_least=1)
     max_response: int = setting(20480, "everything after the prompt, tool tokens included", at_least=1)
     max_tool_tokens: int = setting(2048, "per tool output; longer ones lose their middle, with a mark", at_least=1)
-    seconds: float = setting(1800.0, "per episode", above=0)
-    python: Python = dataclasses.field(default_factory=Python)
+    seconds: float = setting(1800.0, "per episode; what was sampled by then is graded", above=0)
+    python: Python = section(Python)
     max_errors: float = setting(
         0.5, "end the run if exceptions of tools, grader or environment end more than this share of episodes", at_most=1
     )

@@ -112,7 +112,7 @@ class Trajectory:
     logprobs: Float32[np.ndarray, " t"]  # behaviour log-prob (nats) of tokens[i] given tokens[:i]; 0 off the mask
     versions: Int32[np.ndarray, " t"]  # weight version that sampled tokens[i]; -1 off the mask
     turns: list[Turn]
-    stop: str  # "answer" | "length" | "turns" | "aborted" | "error"
+    stop: str  # "answer" | "length" | "turns" | "time" | "aborted" | "error"
     reward: float = 0.0
     accuracy: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)

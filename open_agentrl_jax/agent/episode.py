@@ -8,6 +8,7 @@ reference: response budget, turn limit, no call. Then the calls run; their outpu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import traceback
@@ -22,6 +23,7 @@ from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn, UserError
 
 T = TypeVar("T")
+GRADING_SECONDS = 60.0  # for grading an episode whose seconds ran out
 MAX_TRACEBACK = 8000  # characters kept of a traceback, its end
 
 
@@ -177,8 +179,10 @@ async def play(
         unreadable_call_ends: a fault of the reference: a turn whose first call cannot be read is the last one.
 
     Returns:
-        The trajectory. `stop` is "aborted" where engine, sandbox or grader reported a failure or the seconds ran out,
-        and "error" where a tool, grader or environment raised: then `error` holds the traceback. Neither is scored.
+        The trajectory. `stop` is "aborted" where engine, sandbox or grader reported a failure, or the seconds ran out
+        before the first turn was sampled, and "error" where a tool, grader or environment raised: then `error` holds
+        the traceback. Neither is scored. Where the seconds run out later, `stop` is "time": the turns that were
+        sampled until then are graded like those of a response that is too long; an unfinished turn is lost.
         `metrics` has response_length, num_turns, tool_calls, tool_success, ...
 
     Raises:
@@ -188,8 +192,9 @@ async def play(
     turns: list[Turn] = []
     end, stop, error, timed_out = Step([]), "", "", False
     first_call = -1.0  # response tokens sampled up to and with the first call
+    clock = asyncio.timeout(budget.seconds)
     try:
-        async with asyncio.timeout(budget.seconds):
+        async with clock:
             policy.start(await _guarded(environment.reset(task)))
             while not stop:
                 turn_started = time.monotonic()
@@ -219,6 +224,11 @@ async def play(
                 turn.seconds = time.monotonic() - turn_started
     except (EngineError, TimeoutError) as failure:
         stop, timed_out = "aborted", isinstance(failure, TimeoutError)
+        if clock.expired() and turns:
+            with contextlib.suppress(EngineError, TimeoutError, Fault):
+                async with asyncio.timeout(GRADING_SECONDS):
+                    end = await _guarded(environment.step(Message("assistant", reply.content)))
+                stop = "time"
     except Fault as fault:
         stop, error = "error", _traceback(fault)
     finally:

@@ -106,8 +106,8 @@ async def play_group(
         for attempt in range(ATTEMPTS):
             async with limit:
                 trajectory = await play(task, position=position, sample=sample, attempt=attempt)
-            if not trajectory.aborted:
-                break
+            if not trajectory.aborted or trajectory.stop == "error" or trajectory.metrics.get("timed_out"):
+                break  # playing it again would take as long, or raise again
         trajectory.metrics["attempts"] = float(attempt + 1)
         on_episode()
         return trajectory

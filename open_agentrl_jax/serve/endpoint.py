@@ -30,7 +30,7 @@ from open_agentrl_jax.types import Message, Sampling, UserError
 FENCES = {"text": "{}", "call": "\n```python\n{}\n```\n", "output": "```output\n{}\n```\n"}
 ROLES = ("system", "user", "assistant")
 UNSUPPORTED = ("tools", "functions", "logprobs", "response_format", "stop", "logit_bias")
-FINISH = {"answer": "stop", "length": "length", "turns": "length"}
+FINISH = {"answer": "stop", "length": "length", "turns": "length", "time": "length"}
 AGENT = web.AppKey("agent", Agent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Stopper:
-    """Turns SIGTERM into a flag that the loops read between steps and while they wait."""
+    """Turns SIGTERM and the first Ctrl-C into a flag that the loops read between steps and while they wait."""
 
     def __init__(self, agree: Callable[[bool], bool] = bool):
         """Installs nothing yet.
@@ -34,8 +35,9 @@ class Stopper:
         self.asked = False  # whether any process got the signal, as of the last `agree`
 
     def install(self) -> None:
-        """Installs the signal handler (main thread only)."""
+        """Installs the signal handlers (main thread only)."""
         signal.signal(signal.SIGTERM, self._signal)
+        signal.signal(signal.SIGINT, self._signal)
 
     def check(self) -> None:
         """Raises Interrupted if this process got the signal."""
@@ -46,8 +48,11 @@ class Stopper:
         """Sets `asked`; all processes call this at the same point."""
         self.asked = self._agree(self._signalled)
 
-    def _signal(self, *_: Any) -> None:
+    def _signal(self, number: int, _: Any) -> None:
         self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nsaving after this step; press Ctrl-C again to stop at once\n")
 
 
 class Bar(Protocol):

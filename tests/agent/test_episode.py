@@ -178,9 +178,28 @@ def test_a_user_error_still_ends_the_command(tokenizer):
         play(tokenizer, "It is 1.", reward=refusing)
 
 
-def test_seconds_run_out(tokenizer):
+def test_an_episode_out_of_time_is_graded_by_the_turns_that_it_has(tokenizer):
     t, _, _ = play(tokenizer, CALL % "slow", "It is 1.", budget=episode.Budget(4, 200, 0.02))
-    assert t.aborted and t.metrics["timed_out"] == 1
+    assert (t.stop, t.aborted, t.reward, t.metrics["timed_out"]) == ("time", False, -1.0, 1.0)
+    assert tokenizer.decode(t.tokens[t.loss_mask]) == CALL % "slow" + "<|im_end|>"
+
+
+def test_a_first_turn_that_takes_all_the_time_is_not_graded(tokenizer, monkeypatch):
+    async def hang(*_, **__):
+        await asyncio.sleep(10)
+
+    monkeypatch.setattr(Scripted, "generate", hang)
+    t, _, _ = play(tokenizer, budget=episode.Budget(4, 200, 0.02))
+    assert (t.stop, t.reward, t.metrics["timed_out"]) == ("aborted", 0.0, 1.0)
+
+
+def test_a_grader_that_hangs_when_time_runs_out_aborts_the_episode(tokenizer, monkeypatch):
+    async def hang(*_):
+        await asyncio.sleep(10)
+
+    monkeypatch.setattr(episode, "GRADING_SECONDS", 0.02)
+    t, _, _ = play(tokenizer, "It is 1.", reward=hang, budget=episode.Budget(4, 200, 0.02))
+    assert (t.stop, t.reward) == ("aborted", 0.0)
 
 
 def test_an_empty_answer_is_an_empty_answer(tokenizer):

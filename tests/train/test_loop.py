@@ -1,4 +1,5 @@
 import dataclasses
+import signal
 import types
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from open_agentrl_jax.reference.behaviour import REFERENCE, ROBUST
 from open_agentrl_jax.train.checkpoint import Progress
 from open_agentrl_jax.train.learner import Learner
 from open_agentrl_jax.train.loop import HeldOut, train_rl, warn_of_drift
-from open_agentrl_jax.train.progress import Run, Stopper
+from open_agentrl_jax.train.progress import Interrupted, Run, Stopper
 from open_agentrl_jax.types import Group, Message, NothingToLearn, Task, Trajectory, UserError
 
 
@@ -126,6 +127,23 @@ def train(groups, step, steps=9, count=99):
     finally:
         train.files = files
     return files
+
+
+def test_the_first_ctrl_c_asks_and_the_second_stops(capfd):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stopper = Stopper()
+        stopper.install()
+        signal.raise_signal(signal.SIGINT)
+        stopper.agree()
+        assert stopper.asked and "press Ctrl-C again" in capfd.readouterr().err
+        with pytest.raises(Interrupted):
+            stopper.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 LOST, PLAYED = [group(None, None, None)] * 2, [group(1.0, -1.0, 0.0)] * 2
