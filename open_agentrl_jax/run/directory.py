@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import IO
 
 from open_agentrl_jax import config as configs
 from open_agentrl_jax.config import Config, to_dict
+from open_agentrl_jax.data.loader import WEIGHTED
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.settings import differences
 from open_agentrl_jax.telemetry.redact import redact
@@ -81,6 +83,34 @@ def claim_directory(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"run_dir={directory}: {error.strerror or error}; give another run_dir") from error
     return directory
+
+
+def claim_data(directory: Path, config: Config) -> None:
+    """Marks the run directory with the content of the training files.
+
+    Positions in the data stream are part of a run's progress, so that other files would train other problems.
+
+    Raises:
+        UserError: the run already trained on files of other content.
+    """
+    mark = directory / "config.json"
+    facts = json.loads(mark.read_text())
+    known, present = facts.get("data", {}), {}
+    for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
+        for part in getattr(config.data, field).split(",") if used else ():
+            match = WEIGHTED.fullmatch(part.strip())
+            if match and (path := Path(match["path"])).is_file():
+                with open(path, "rb") as file:
+                    present[f"data.{field}={path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    changed = [name for name, digest in present.items() if known.get(name, digest) != digest]
+    trained = (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").stat().st_size
+    if changed and trained:
+        raise UserError(
+            f"{changed[0]}: the file is not the one that the run in {directory} began with; restore it, or "
+            "give another run_dir"
+        )
+    if {**known, **present} != known:
+        write_atomically(mark, json.dumps(facts | {"data": {**known, **present}}, indent=1))
 
 
 def run_id(directory: Path) -> str:

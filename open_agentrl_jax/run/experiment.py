@@ -25,7 +25,14 @@ from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import count_devices, initialize_distributed
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
-from open_agentrl_jax.run.directory import claim_directory, fingerprint, lock_directory, run_id, undone_if_refused
+from open_agentrl_jax.run.directory import (
+    claim_data,
+    claim_directory,
+    fingerprint,
+    lock_directory,
+    run_id,
+    undone_if_refused,
+)
 from open_agentrl_jax.run.doctor import preflight
 from open_agentrl_jax.run.engines import check_generation
 from open_agentrl_jax.run.opened import OpenRun
@@ -62,6 +69,7 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
     stopper.install()
     with undone_if_refused(Path(config.directory)), contextlib.ExitStack() as stack:
         mirror, directory = processes.first_then_all(lambda: (open_mirror(config), claim_directory(config)))
+        processes.first_then_all(lambda: processes.first() and claim_data(directory, config))
         screen = stack.enter_context(Screen(quiet=not processes.first()))
         screen.say(count_devices())
         screen.say(f"run {config.name}: {directory}")

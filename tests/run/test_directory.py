@@ -11,7 +11,7 @@ import pytest
 
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.run import directory as directories
-from open_agentrl_jax.run.directory import claim_directory, lock_directory, undone_if_refused
+from open_agentrl_jax.run.directory import claim_data, claim_directory, lock_directory, undone_if_refused
 from open_agentrl_jax.types import UserError
 
 HOLD = """
@@ -93,3 +93,21 @@ def test_secrets_are_neither_written_nor_part_of_the_claim(tmp_path):
         claim_directory(config)
     facts = json.loads((tmp_path / "config.json").read_text())
     assert facts["id"] == directories.run_id(tmp_path)
+
+
+def test_training_files_replaced_between_two_starts_are_refused(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    config.rl.steps, config.data.train = 1, f"{tmp_path / 'a.jsonl'}:3,{tmp_path / 'b.jsonl'}:1"
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    directory = claim_directory(config)
+    claim_data(directory, config)
+    (tmp_path / "b.jsonl").write_text("corrected before anything was trained")
+    claim_data(directory, config)
+    (directory / "metrics.jsonl").write_text("{}\n")
+    claim_data(directory, config)
+    (tmp_path / "b.jsonl").write_text("other")
+    with pytest.raises(UserError, match=r"data\.train=.*b\.jsonl: the file is not the one that the run"):
+        claim_data(directory, config)
+    config.rl.steps = 0  # a phase that reads nothing
+    claim_data(directory, config)
