@@ -127,6 +127,14 @@ def test_the_reference_is_up_to_date():
     assert (ROOT / "docs/config.md").read_text() == reference.text(), told
 
 
+def test_the_import_graph_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("import_graph", ROOT / "docs/import_graph.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.PAGE.read_text()
+    assert page == module.replace(page), "run python docs/import_graph.py --write"
+
+
 def test_every_field_is_in_the_reference():
     text = reference.text()
     for field in ("seed", "rl.loss.clip_high", "sft.optim.lr", "model.new.hidden_size", "telemetry.tensorboard"):

@@ -87,7 +87,7 @@ def push(folder: str | Path, repo: str) -> str:
     import huggingface_hub
 
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"--push-to-hub={repo}: give owner/name")
+        raise UserError(f"repository {repo!r}: give owner/name")
     resolved = hf.resolve(folder)
     ModelConfig.from_hf(resolved)  # a folder without a model is refused before anything is created
     api = huggingface_hub.HfApi()
@@ -97,9 +97,9 @@ def push(folder: str | Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=resolved, allow_patterns=FILES, commit_message=message)
         readme = card(resolved, repo).encode()
         api.upload_file(repo_id=repo, path_or_fileobj=readme, path_in_repo="README.md", commit_message="Model card")
-    except Exception as error:  # offline, no token, no right: the Hub's many ways to say no
-        told = " ".join(str(error).split())[:200]
+    except Exception as error:  # offline, no token, no permission: the client raises many types
+        text = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--push-to-hub={repo}: {type(error).__name__}: {told}; log in with `hf auth login`, or set HF_TOKEN"
+            f"repository {repo}: {type(error).__name__}: {text}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
     return address

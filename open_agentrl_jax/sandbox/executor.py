@@ -19,12 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from open_agentrl_jax.sandbox import child, fetching, forkserver, isolation
 from open_agentrl_jax.sandbox.background import Background
-from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result, head_and_tail
+from open_agentrl_jax.sandbox.output import Stream
+from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result
 from open_agentrl_jax.sandbox.session import LIFETIME, Session, _Process
 
 FOLDER = str(pathlib.Path(__file__).parent)
@@ -48,34 +49,6 @@ def tier_of(code: str) -> str:
         return "bare"
     packages = {name.split(".")[0] for name in child.imported(code)}
     return next((tier for tier in ("scipy", "sympy", "numpy") if tier in packages), "bare")
-
-
-class Stream:
-    """Head and tail of a program's output."""
-
-    def __init__(self, descriptor: int, flooded: Callable[[], None], limit: int = KEPT):
-        self.descriptor, self.flooded, self.size, self.limit = descriptor, flooded, 0, limit
-        self.head, self.tail = bytearray(), bytearray()
-
-    def read(self) -> bytes | None:
-        """Reads what is available: None if nothing is, b"" at the end."""
-        try:
-            data = os.read(self.descriptor, KEPT)
-        except BlockingIOError:
-            return None
-        self.size += len(data)
-        room = self.limit - len(self.head)
-        self.head += data[:room]
-        self.tail += data[max(room, 0) :]
-        if len(self.tail) > self.limit + 2 * KEPT:
-            del self.tail[: -self.limit]
-        if self.size > FLOOD:
-            self.flooded()
-        return data
-
-    def kept(self) -> bytes:
-        """Returns the kept output, with a note of what is missing."""
-        return head_and_tail(bytes(self.head + self.tail), self.limit, self.size)
 
 
 class ForkServer:

@@ -11,6 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Self
 
 from open_agentrl_jax.sandbox import child
+from open_agentrl_jax.sandbox.output import Stream
 from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ class _Process:
 
     async def cell(self, code: str, timeout: float, max_output: int) -> tuple[Result, bool]:
         """Runs one cell; returns its result and whether the process lives on."""
-        from open_agentrl_jax.sandbox.executor import Stream
-
         flooded = asyncio.Event()
 
         def flood() -> None:

@@ -82,7 +82,7 @@ def test_evaluate_alone(finished):
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((directory / "evaluation.json").read_text())
     assert {"avg@2", "pass@1", "pass@2", "maj@2"} <= set(figures["accuracy"])
-    assert figures["mode"] == "agentic" and figures["episodes"] == {"all": 8, "aborted": 0}
+    assert figures["mode"] == "agentic" and figures["episodes"] == {"all": 8, "graded": 8, "aborted": 0}
 
 
 def test_another_config_may_not_go_on_there(finished):
