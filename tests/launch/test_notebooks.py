@@ -30,7 +30,7 @@ def execute(name, tmp_path, overrides, **variables):
     flags = " ".join(f"--config.{field}={value}" for field, value in overrides.items())
     names = {"RUN": str(tmp_path / "run"), "FLAGS": flags, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     done = tmp_path / "done.ipynb"
-    command = [sys.executable, "-c", EXECUTE, str(ROOT / "launch" / name), str(done), str(ROOT)]
+    command = [sys.executable, "-c", EXECUTE, str(ROOT / "launch" / "notebooks" / name), str(done), str(ROOT)]
     environment = {**os.environ, **names, **variables, "IPYTHONDIR": str(tmp_path / "ipython")}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -40,7 +40,7 @@ def execute(name, tmp_path, overrides, **variables):
 
 @pytest.mark.parametrize("name", ["colab_quickstart.ipynb", "colab_qwen3.ipynb"])
 def test_notebooks_are_committed_without_outputs(name):
-    book = json.loads((ROOT / "launch" / name).read_text())
+    book = json.loads((ROOT / "launch" / "notebooks" / name).read_text())
     assert all(cell.get("outputs", []) == [] and cell.get("execution_count") is None for cell in book["cells"])
 
 
