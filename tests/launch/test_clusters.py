@@ -122,7 +122,10 @@ def test_inside_a_slurm_job_the_last_node_serves_and_the_others_train(slurm):
     servers, trainer = steps(folder)
     assert "--nodelist=n3" in servers and servers[-4:] == ["/s/bin/python", "/m", "23040", "2"]
     assert {"--nodes=2", "--ntasks-per-node=1", "--nodelist=n1,n2"} <= set(trainer)
-    assert trainer[-1] == "--config.rollout.servers=('http://n3:30000','http://n3:30001',)"
+    assert trainer[-2:] == [
+        "--config.rollout.servers=('http://n3:30000','http://n3:30001',)",
+        "--config.rollout.startup_seconds=1800",
+    ]
 
 
 def test_a_slurm_job_hands_sigterm_to_the_trainer_and_returns_its_status(slurm):
