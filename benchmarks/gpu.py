@@ -115,7 +115,7 @@ def attention_part(work: Work, *, small: bool = False) -> list[dict[str, Any]]:
 
     tile = triton.Tile
     sides: dict[str, Callable[..., Any]] = dict(attention.BACKENDS)
-    del sides["plain"], sides["splash"]
+    del sides["plain"], sides["splash"], sides["splash_static"]
     if small:
         del sides["triton"], sides["cudnn"]
     else:  # what the compiler takes without spilling, by the side of the default

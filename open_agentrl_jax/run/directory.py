@@ -73,7 +73,8 @@ def claim_directory(config: Config) -> Path:
     """
     directory = Path(config.directory).absolute()
     mark = directory / "config.json"
-    lock_directory(directory)
+    if processes.first():  # the other processes of this run share its lock
+        lock_directory(directory)
     try:
         if mark.exists():
             _refuse_another_config(mark, config)
