@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import tenacity
+
 from open_agentrl_jax import config as configs
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.data.loader import WEIGHTED
@@ -26,7 +29,18 @@ from open_agentrl_jax.types import UserError
 LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
+TRANSIENT = (errno.ESTALE, errno.EIO, errno.EAGAIN, errno.EINTR)  # a network file system may answer so once
 _locks: dict[Path, IO[str]] = {}  # open until this process ends: closing a file releases its lock
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception(lambda error: getattr(error, "errno", None) in TRANSIENT),
+    stop=tenacity.stop_after_attempt(3),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
+def _read(path: Path) -> str:
+    return path.read_text()
 
 
 def lock_directory(directory: Path) -> None:
@@ -95,7 +109,7 @@ def claim_data(directory: Path, config: Config) -> None:
         UserError: the run already trained on files of other content.
     """
     mark = directory / "config.json"
-    facts = json.loads(mark.read_text())
+    facts = json.loads(_read(mark))
     known, present = facts.get("data", {}), {}
     for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
         for part in getattr(config.data, field).split(",") if used else ():
@@ -116,12 +130,12 @@ def claim_data(directory: Path, config: Config) -> None:
 
 def run_id(directory: Path) -> str:
     """The id that a run keeps over its continuations; empty for a run of an earlier release."""
-    return json.loads((directory / "config.json").read_text()).get("id", "")
+    return json.loads(_read(directory / "config.json")).get("id", "")
 
 
 def _refuse_another_config(mark: Path, config: Config) -> None:
     try:
-        theirs = json.loads(json.loads(mark.read_text())["fingerprint"])
+        theirs = json.loads(json.loads(_read(mark))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{mark}: not the config.json of a run; give another run_dir, or remove it") from error
     mine = json.loads(fingerprint(config))

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -111,3 +112,28 @@ def test_training_files_replaced_between_two_starts_are_refused(tmp_path):
         claim_data(directory, config)
     config.rl.steps = 0  # a phase that reads nothing
     claim_data(directory, config)
+
+
+def test_a_read_that_fails_once_is_repeated(tmp_path, monkeypatch):
+    """NFS may answer a read with ESTALE once."""
+    config = Config(run_dir=str(tmp_path / "run"))
+    claim_directory(config)
+    real, failed = pathlib.Path.read_text, []
+
+    def stale_once(path, *args, **more):
+        if path.name == "config.json" and not failed:
+            failed.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", stale_once)
+    assert claim_directory(config) == tmp_path / "run"
+    assert failed
+
+
+def test_the_processes_of_a_run_share_the_lock_of_the_first(tmp_path, holder, monkeypatch):
+    config = Config(run_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="another run"):
+        claim_directory(config)
+    monkeypatch.setattr(directories.processes, "first", lambda: False)
+    assert claim_directory(config) == tmp_path / "run"
