@@ -140,7 +140,7 @@ def reinforced_and_evaluated(root, said, given):
     assert played <= kept
     figures = json.loads((root / "out/aime_2025.json").read_text())
     assert figures["mode"] == "agentic" and figures["model"].endswith("out/rl/export")
-    assert figures["episodes"] == {"all": 8, "aborted": 0} and len(figures["problems"]) == 4
+    assert figures["episodes"] == {"all": 8, "graded": 8, "aborted": 0} and len(figures["problems"]) == 4
     assert {p["id"].split("/")[0] for p in figures["problems"]} == {"aime_2025"}
     assert "aime_2025" in said[-1] and "agentic" in said[-1]
 

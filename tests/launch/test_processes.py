@@ -54,7 +54,7 @@ def test_two_processes_stop_go_on_and_end_with_the_numbers_of_one(tmp_path):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)  # to one of them
     (told, _), (silent, _) = finish(processes)
-    assert "SIGTERM: saved" in told and "run quickstart" not in silent  # Gloo itself greets on both
+    assert "interrupted: saved" in told and "run quickstart" not in silent  # Gloo itself greets on both
     (told, _), _ = finish(start_two(two))
     assert "resumed: rl step" in told and "before RL" in told
     phases = [(line["phase"], line["step"]) for line in lines(two)]
