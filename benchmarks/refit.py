@@ -53,7 +53,7 @@ def _refit(options: argparse.Namespace, folder: pathlib.Path, config: ModelConfi
     sync = options.fsync and medium(folder) != "tmpfs"
     copy = Copy(folder / "copy", count, sync)
     with LaunchedServers(
-        first, options.servers, log_dir=folder, context_length=1024, max_tokens=2048, flags=flags
+        first, options.servers, log_dir=folder, context_length=1024, max_tokens=2048, flags=[flags] * options.servers
     ) as servers:
         servers.wait()
         proof: list[Callable[[], np.ndarray]] = []

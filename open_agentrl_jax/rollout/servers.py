@@ -157,14 +157,15 @@ class LaunchedServers:
         pathlib.Path(log_dir).mkdir(parents=True, exist_ok=True)
         self._starts = [file.stat().st_size if file.exists() else 0 for file in self.logs]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        if not flags:
+        flags = flags or [server.cpu_flags] * count
+        if any("cpu" in own for own in flags):
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "JAX_PLATFORMS": "cpu"}
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(log_dir).absolute() / "compiled"))
         for index, (port, file) in enumerate(zip(self._ports, self.logs, strict=True)):
             command = [str(python), *server.command, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--model-path", str(model_path), "--context-length", str(context_length)]
             command += ["--max-total-tokens", str(max_tokens or 16 * context_length), *server.flags]
-            command += flags[index] if flags else server.cpu_flags
+            command += flags[index]
             with open(file, "ab") as output:
                 guard = subprocess.Popen(
                     ["sh", "-c", _GUARD, "sglang-guard", *command],
