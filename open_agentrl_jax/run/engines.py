@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from open_agentrl_jax.rollout import servers
 from open_agentrl_jax.rollout.address import api_key
 from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.rollout.sglang import SGLangPool
 from open_agentrl_jax.run.policy import Policy
 from open_agentrl_jax.types import UserError
+
+if TYPE_CHECKING:
+    from open_agentrl_jax.rollout.sglang import SGLangPool
 
 
 @dataclasses.dataclass
@@ -49,13 +51,14 @@ def check_generation(config: Config) -> None:
     rollout = config.rollout
     if rollout.engine != "sglang":
         return
+    _pool_class()
     if rollout.launch_servers:
         servers.interpreter(rollout.server_kind)
     key = api_key(rollout.api_key_env)
     if rollout.servers:
 
         async def reach() -> None:
-            pool = SGLangPool(rollout.servers, vocab_size=1, startup_seconds=rollout.startup_seconds, api_key=key)
+            pool = _pool_class()(rollout.servers, vocab_size=1, startup_seconds=rollout.startup_seconds, api_key=key)
             try:
                 await pool.open()
             finally:
@@ -156,6 +159,21 @@ def _device_flags(config: Config) -> list[tuple[str, ...]]:
     ]
 
 
+def _pool_class() -> type[SGLangPool]:
+    """SGLangPool, whose client library is the extra [servers].
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+    try:
+        from open_agentrl_jax.rollout.sglang import SGLangPool
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"rollout.engine=sglang: {error.name} is missing; pip install 'open_agentrl_jax[servers]'"
+        ) from None
+    return SGLangPool
+
+
 def open_pool(config: Config, urls: Sequence[str], loop: EventLoop, *, vocab_size: int, **settings: Any) -> SGLangPool:
     """Opens a pool over `urls` with the limits of the config.
 
@@ -163,7 +181,7 @@ def open_pool(config: Config, urls: Sequence[str], loop: EventLoop, *, vocab_siz
         UserError: no server can be reached.
     """
     rollout = config.rollout
-    pool = SGLangPool(
+    pool = _pool_class()(
         urls,
         vocab_size=vocab_size,
         context_length=config.agent.max_prompt + config.agent.max_response,
