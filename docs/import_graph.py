@@ -4,7 +4,7 @@
     python docs/import_graph.py --write    # replace the diagram in docs/architecture.md
 
 An arrow A --> B means that a module of A imports a module of B. Arrows that follow from others are left out
-(transitive reduction), so the graph must be acyclic. Two fronts that forward to reference/ are not drawn (see FRONTS).
+(transitive reduction), so the graph must be acyclic.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "open_agentrl_jax"
 PAGE = ROOT / "docs" / "architecture.md"
 FENCE = "```mermaid\n"
-FLOOR = {"types", "config", "settings"}  # almost every package imports them: their arrows would hide the others
-FRONTS = {("rewards", "reference"), ("agent", "reference")}  # `mode="reference"` of a public function forwards there
+FLOOR = {"types", "config", "settings", "text"}  # almost every package imports them: their arrows would hide the others
 
 
 def imports(path: pathlib.Path) -> Iterator[str]:
@@ -49,7 +48,7 @@ def graph() -> dict[str, set[str]]:
             here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
             found = {room(name) for name in imports(path)}
             if here and here != "__init__":
-                edges[here] |= {there for there in found - {"", here} if (here, there) not in FRONTS}
+                edges[here] |= found - {"", here}
     return edges
 
 

@@ -26,6 +26,8 @@ WALLS = {
     "": ("launch", "configs", "benchmarks"),
     "types.py": (PACKAGE, *JAX),
     "settings.py": (PACKAGE, *JAX),
+    "text.py": (PACKAGE, *JAX),
+    "reference": (*rooms("agent", "rewards", "models", "train"), *WIRING),
     "config.py": (*JAX, *rooms(*(ROOMS - {"settings"}))),
     "algorithms": (*rooms("models", "config", "rollout", "train"), *WIRING),
     "parallel": (*rooms("models", "train", "rollout", "agent"), *WIRING),

@@ -11,7 +11,6 @@ from typing import Any
 
 from open_agentrl_jax.agent import episode, templates
 from open_agentrl_jax.agent.chat import Chat
-from open_agentrl_jax.agent.truncation import cut_middle
 from open_agentrl_jax.collect.endpoint import ChatEndpoint, MessagePolicy, Reply
 from open_agentrl_jax.collect.journal import Journal, RememberingEngine, digest, key_of, remembered
 from open_agentrl_jax.config import Config, to_dict
@@ -21,6 +20,7 @@ from open_agentrl_jax.run.engines import open_generation
 from open_agentrl_jax.run.players import Player, seed_of
 from open_agentrl_jax.run.policy import load_policy, make_chat, open_folder
 from open_agentrl_jax.run.world import World
+from open_agentrl_jax.text import cut_middle
 from open_agentrl_jax.types import Sampling, Task, ToolCall, Trajectory, UserError
 
 

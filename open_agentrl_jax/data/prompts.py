@@ -24,9 +24,9 @@ from open_agentrl_jax.data.conversations import from_chat
 from open_agentrl_jax.data.conversations import read_conversations as read_conversations
 from open_agentrl_jax.data.rows import BadRow, Table, decode, read_table, write_parquet
 from open_agentrl_jax.rewards.choice import letter
-from open_agentrl_jax.rewards.code_tests import read_literal
 from open_agentrl_jax.rewards.graders import check_truth
 from open_agentrl_jax.rewards.math import chain, last_box
+from open_agentrl_jax.text import read_literal
 from open_agentrl_jax.types import Message, Task, UserError
 
 TaskTable = Table[Task]

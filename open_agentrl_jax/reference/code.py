@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from open_agentrl_jax.rewards.code_tests import read_object
-from open_agentrl_jax.rewards.running import Run, run_all
+from open_agentrl_jax.sandbox.batch import Run, run_all
+from open_agentrl_jax.text import read_object
 from open_agentrl_jax.types import Score
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from open_agentrl_jax.agent.truncation import cut_middle
+from open_agentrl_jax.text import cut_middle
 
 _FENCE = re.compile(r"```python(.*?)```", re.DOTALL)
 

@@ -14,9 +14,10 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from open_agentrl_jax.reference import code as published
-from open_agentrl_jax.rewards.code_tests import parse, read_tests
+from open_agentrl_jax.rewards.code_tests import read_tests
 from open_agentrl_jax.rewards.programs import Case, build, read_report, report_size
-from open_agentrl_jax.rewards.running import Run, run_all
+from open_agentrl_jax.sandbox.batch import Run, run_all
+from open_agentrl_jax.text import parse
 from open_agentrl_jax.types import Score
 
 if TYPE_CHECKING:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import decimal
-import json
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-MAX_DIGITS = 1_000_000  # digits of one integer in a test
-_LONG_INTEGER = re.compile(r"(?<![\w.])\d{4301,}(?![\w.])")
+from open_agentrl_jax.text import parse, read_literal, read_object
+
 _CONSTRUCTORS = {"set": set, "frozenset": frozenset, "float": float, "tuple": tuple, "list": list, "dict": dict}
 
 
@@ -90,53 +87,6 @@ def read_tests(tests: Any) -> Tests:
         return _read_pairs(spec)
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"the tests cannot be read ({type(error).__name__}: {error})") from error
-
-
-def read_object(tests: Any) -> dict[str, Any]:
-    """An object given as itself, as JSON or as a Python literal. Raises ValueError for anything else."""
-    spec = read_literal(tests) if isinstance(tests, str) else tests
-    if not isinstance(spec, dict):
-        raise ValueError(f"the tests must be an object, not {type(spec).__name__}")
-    return spec
-
-
-def read_literal(text: str) -> Any:
-    """The value of JSON or of a Python literal; text that is neither is returned as it is."""
-    for read in (_json, lambda text: ast.literal_eval(hexadecimal(text))):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
-
-
-def parse(source: str) -> ast.Module:
-    """The syntax tree of `source`, integers of any length included. Raises SyntaxError or ValueError."""
-    try:
-        return ast.parse(hexadecimal(source))
-    except (RecursionError, MemoryError) as error:
-        raise SyntaxError(f"too deeply nested ({type(error).__name__})") from error
-
-
-def hexadecimal(source: str) -> str:
-    """`source` with decimal integers beyond Python's limit of 4,300 digits as hexadecimal ones, which have no limit."""
-    if len(source) <= 4300 or not _LONG_INTEGER.search(source):
-        return source
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return _LONG_INTEGER.sub(lambda digits: hex(_integer(digits[0])), source)
-    return source  # the digits are part of a string or a comment
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, parse_int=_integer)
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits) if len(digits) <= 4300 else int(decimal.Decimal(digits))
 
 
 def _read_pairs(spec: dict[str, Any]) -> Pairs | Calls:

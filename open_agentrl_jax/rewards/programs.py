@@ -15,7 +15,8 @@ import math
 import secrets
 from typing import Any
 
-from open_agentrl_jax.rewards.code_tests import Asserts, Calls, Check, Pairs, Tests, hexadecimal, parse
+from open_agentrl_jax.rewards.code_tests import Asserts, Calls, Check, Pairs, Tests
+from open_agentrl_jax.text import hexadecimal, parse
 
 # What LeetCode offers without an import. A name of several modules is taken from the last one.
 _MODULES = (

@@ -3,8 +3,8 @@
 import pytest
 
 from open_agentrl_jax.agent.python_tool import prepare_code
-from open_agentrl_jax.agent.truncation import cut_middle
 from open_agentrl_jax.reference.python_tool import shorten_output
+from open_agentrl_jax.text import cut_middle
 
 
 def test_long_output_loses_its_middle():

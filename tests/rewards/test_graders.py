@@ -7,9 +7,9 @@ import json
 import pytest
 
 from open_agentrl_jax.data.prompts import read_tasks, write_tasks
-from open_agentrl_jax.rewards.code_tests import read_literal
 from open_agentrl_jax.rewards.graders import GRADERS, check_truth, grade
 from open_agentrl_jax.sandbox.client import Result
+from open_agentrl_jax.text import read_literal
 from open_agentrl_jax.types import Task, UserError
 from tests.data.test_rows import jsonl
 

@@ -1,4 +1,4 @@
-"""Runs the test programs of one solution in the sandbox: in parallel, with one retry, and with enough of the output."""
+"""Runs a batch of test programs in a sandbox: in parallel, with one retry, and with enough of the output."""
 
 from __future__ import annotations
 
