@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from open_agentrl_jax.rewards import code, running
+from open_agentrl_jax.rewards import code
 from open_agentrl_jax.rewards.code import extract, grade, same_output, same_value
+from open_agentrl_jax.sandbox import batch
 from open_agentrl_jax.sandbox.client import Result, open_sandbox
 
 
@@ -161,10 +162,10 @@ async def test_a_fault_of_the_sandbox_is_tried_twice_and_then_a_failure():
 async def test_tests_run_in_parallel_and_stop_early():
     sandbox = Scripted(("finished", "1"))
     assert (await grade(fenced(SUM), pairs(40), sandbox=sandbox)).score == 1
-    assert 1 < sandbox.most <= running.PARALLEL and len(sandbox.programs) == 40
+    assert 1 < sandbox.most <= batch.PARALLEL and len(sandbox.programs) == 40
     endless = Scripted(("timeout", ""))
     score = await grade(fenced(SUM), pairs(40), sandbox=endless)
-    assert (score.score, score.status) == (0.0, "graded") and len(endless.programs) <= running.PARALLEL
+    assert (score.score, score.status) == (0.0, "graded") and len(endless.programs) <= batch.PARALLEL
 
 
 async def test_a_program_that_never_ends_is_wrong_not_failed(monkeypatch):
