@@ -8,6 +8,7 @@ head in chunks, fused AdamW.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -38,7 +39,15 @@ def varlen(q: Any, k: Any, v: Any, ends: Any, longest: int) -> Any:
     """Causal attention within sequences end to end: q [t h D], k and v [t k D], `ends` [n+1] from 0."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )  # until torch 2.10
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:  # older kernels want as many heads of keys as of queries; the copies are part of their time
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
 
 def attention_part(work: Work, side: str) -> list[dict[str, Any]]:

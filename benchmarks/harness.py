@@ -106,6 +106,7 @@ def in_process(module: str, arguments: Sequence[str], *, environment: Mapping[st
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        print("\n".join(lines[-30:]), file=sys.stderr, flush=True)
         errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
         return [{"side": f"{module.rpartition('.')[2]} {' '.join(arguments[:-1])}", "failed": errors[-1][:300]}]
     return json.loads(done.stdout.splitlines()[-1])
