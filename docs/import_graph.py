@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "open_agentrl_jax"
 PAGE = ROOT / "docs" / "architecture.md"
 FENCE = "```mermaid\n"
-FLOOR = {"types", "config", "settings", "text"}  # almost every package imports them: their arrows would hide the others
+# Almost every package imports these: their arrows would hide the others.
+FLOOR = {"types", "config", "settings", "text", "guard"}
 
 
 def imports(path: pathlib.Path) -> Iterator[str]:

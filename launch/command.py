@@ -10,16 +10,20 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from open_agentrl_jax.config import Config, expand_home, settings, validate
+from open_agentrl_jax.telemetry.redact import redact
+from open_agentrl_jax.text import printable
 from open_agentrl_jax.types import UserError
 
 T = TypeVar("T")
@@ -30,8 +34,8 @@ MACHINE_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.E
 
 
 def refuse(message: str) -> NoReturn:
-    """Prints one line and exits with the code of a user error."""
-    print(f"error: {message}", file=sys.stderr)
+    """Prints one line, without secrets and control characters, and exits with the code of a user error."""
+    print(f"error: {printable(redact(message))}", file=sys.stderr)
     sys.exit(USER_EXIT)
 
 
@@ -111,12 +115,20 @@ def run(main: Callable[[], int | None]) -> None:
     def entry(arguments: list[str]) -> None:
         if len(arguments) > 1:
             refuse(f"unexpected argument {arguments[1]!r}; options start with --")
+        for handler in logging.root.handlers:
+            handler.addFilter(_without_secrets)
         with one_line_errors():
             sys.exit(main() or 0)
 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", which is intended
-    logging.set_verbosity(logging.WARNING)  # JAX logs every backend that it does not find
+    absl_logging.set_verbosity(absl_logging.WARNING)  # JAX logs every backend that it does not find
     app.run(entry, flags_parser=_parse)
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """A filter of log handlers."""
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 @contextlib.contextmanager

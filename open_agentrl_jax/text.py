@@ -10,7 +10,16 @@ from typing import Any
 
 MAX_DIGITS = 1_000_000  # digits of one integer in a test
 _LONG_INTEGER = re.compile(r"(?<![\w.])\d{4301,}(?![\w.])")
+# Models and tools write escape sequences: they would move the cursor, retitle the window or fill the clipboard. Without
+# their control characters they are harmless text. Bidirectional overrides disguise code.
+_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_HARMLESS = dict.fromkeys(set(_CONTROLS) - {ord("\n"), ord("\t")})
 NOTICE = "\n[... {} characters cut from the middle ...]\n"
+
+
+def printable(text: str) -> str:
+    """Text without control characters, except line breaks and tabs."""
+    return text.translate(_HARMLESS)
 
 
 def cut_middle(text: str, characters: int, notice: str = NOTICE) -> str:

@@ -46,6 +46,7 @@ def _read(path: Path) -> str:
 def lock_directory(directory: Path) -> None:
     """Creates the run directory and locks it until this process ends, however it ends.
 
+    A new directory is readable by its owner only: conversations and weights are not for other users of the machine.
     The lock is a POSIX record lock: the kernel releases it with the process, child processes do not inherit it, and NFS
     keeps it across hosts.
 
@@ -53,7 +54,7 @@ def lock_directory(directory: Path) -> None:
         UserError: another process has the lock, or the directory cannot be created or written.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if directory in _locks:
             return
         file = open(directory / LOCK, "a+")  # noqa: SIM115 - kept open

@@ -9,7 +9,7 @@ from typing import Any
 
 from open_agentrl_jax.models import hf
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.telemetry import report
+from open_agentrl_jax.telemetry.index import read_config, read_metrics
 from open_agentrl_jax.types import UserError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -23,7 +23,7 @@ def card(folder: Path, repo: str) -> str:
     """
     config = ModelConfig.from_hf(folder)
     run = folder.absolute().parent
-    settings = report.read_config(run)
+    settings = read_config(run)
     base = settings.get("model", {}).get("path", "")
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base}"] if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists() else []
@@ -47,7 +47,7 @@ def card(folder: Path, repo: str) -> str:
         "",
     ]
     if (run / "metrics.jsonl").exists():
-        lines += _figures(report.read_metrics(run).get("eval", {}), settings.get("data", {}).get("eval", ""))
+        lines += _figures(read_metrics(run).get("eval", {}), settings.get("data", {}).get("eval", ""))
     if settings:
         kept = {name: value for name, value in settings.items() if name not in ("run_dir", "telemetry")}
         text = json.dumps(_without_paths(kept), indent=1)

@@ -12,19 +12,17 @@ import base64
 import binascii
 import collections
 import dataclasses
-import hmac
-import ipaddress
 import json
 import os
 import resource
 import signal
 import socket
 import time
-import urllib.parse
 from typing import Any
 
 from aiohttp import web
 
+from open_agentrl_jax import guard
 from open_agentrl_jax.sandbox.executor import Embedded
 from open_agentrl_jax.sandbox.result import FLOOD, KEPT, LEAST_OUTPUT, Result
 from open_agentrl_jax.types import UserError
@@ -71,23 +69,6 @@ class Invalid(Exception):
 def half_of_memory() -> int:
     """MiB of half of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**21
-
-
-def local(netloc: str, host: str) -> bool:
-    """Whether `netloc` (host and port of a URL) names this machine: by a loopback name or as the address served."""
-    try:
-        name = urllib.parse.urlsplit(f"//{netloc}").hostname or ""
-    except ValueError:
-        return False
-    return loopback(name) or name == host
-
-
-def loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_request(body: Any, longest: float, largest_mb: int) -> dict[str, Any]:
@@ -169,10 +150,10 @@ class Api:
         """The routes."""
 
         @web.middleware
-        async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
-            return await self.guard(request, handler)
+        async def admit(request: web.Request, handler: Any) -> web.StreamResponse:
+            return await self.admit(request, handler)
 
-        application = web.Application(client_max_size=LARGEST_BODY, middlewares=[guard])
+        application = web.Application(client_max_size=LARGEST_BODY, middlewares=[admit])
         application.add_routes(
             [
                 web.post("/run_code", self.run_code),
@@ -183,20 +164,14 @@ class Api:
         )
         return application
 
-    async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def admit(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Checks the token, or without one that the request was meant for this machine."""
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         wanted = "" if request.path in OPEN_PATHS else self.spec.token
-        if wanted and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode()):
+        if wanted and not guard.matches(request.headers.get("Authorization", ""), wanted):
             return web.json_response({"detail": "a bearer token is needed"}, status=401)
-        if not self.spec.token:
-            origin = request.headers.get("Origin", "")
-            for header, netloc in (("Host", request.headers.get("Host", "")), ("Origin", origin.partition("://")[2])):
-                if (header == "Host" or origin) and not local(netloc, self.spec.host):
-                    detail = (
-                        f"{header} {netloc or origin!r} is not this machine; a server without a token serves only it"
-                    )
-                    return web.json_response({"detail": detail}, status=403)
+        if not self.spec.token and (header := guard.foreign(request.headers, self.spec.host)):
+            detail = f"{header} is not this machine; a server without a token serves only it"
+            return web.json_response({"detail": detail}, status=403)
         return await handler(request)
 
     async def ping(self, _: web.Request) -> web.Response:
@@ -307,7 +282,7 @@ async def serve(sandbox: Embedded, spec: ServerSpec, *, started: asyncio.Future[
     Raises:
         UserError: other machines can reach the address and there is no token, or the address cannot be used.
     """
-    if not spec.token and not loopback(spec.host):
+    if not spec.token and not guard.loopback(spec.host):
         raise UserError(f"host {spec.host}: other machines can reach it, so a token is needed: set SANDBOX_TOKEN")
     api = Api(sandbox, spec)
     runner = web.AppRunner(

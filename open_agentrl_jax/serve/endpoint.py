@@ -12,17 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hmac
 import json
 import time
 import uuid
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from open_agentrl_jax import guard
 from open_agentrl_jax.run.players import seed_of
-from open_agentrl_jax.sandbox.server import loopback
 from open_agentrl_jax.serve.agent import Agent
 from open_agentrl_jax.serve.streaming import Event, Listener
 from open_agentrl_jax.types import Message, Sampling, UserError
@@ -99,13 +97,12 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
     """Builds the web application."""
 
     @web.middleware
-    async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    async def admit(request: web.Request, handler: Any) -> web.StreamResponse:
         if spec.token:
-            known = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), spec.token.encode())
-            if request.path != "/health" and not known:
+            given = request.headers.get("Authorization", "")
+            if request.path != "/health" and not guard.matches(given, spec.token):
                 return _refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
-        elif not _local(request):
+        elif guard.foreign(request.headers):
             return _refusal(403, "Host and Origin must be loopback names; set CHAT_TOKEN to allow others")
         try:
             return await handler(request)
@@ -131,21 +128,11 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
     async def health(request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
-    app = web.Application(middlewares=[guard], client_max_size=8 * 2**20)
+    app = web.Application(middlewares=[admit], client_max_size=8 * 2**20)
     app.add_routes(
         [web.post("/v1/chat/completions", complete), web.get("/v1/models", models), web.get("/health", health)]
     )
     return app
-
-
-def _local(request: web.Request) -> bool:
-    """Whether a request names loopback addresses only: in Host, and in Origin where a browser sends one."""
-    origin = request.headers.get("Origin")
-    addresses = [f"http://{request.headers.get('Host', '')}", *([origin] if origin is not None else [])]
-    try:
-        return all(loopback(urlsplit(address).hostname or "") for address in addresses)
-    except ValueError:
-        return False
 
 
 class _Answer:
@@ -223,7 +210,7 @@ async def serve(agent: Agent, spec: Spec) -> None:
     Raises:
         UserError: other machines can reach the address and there is no token, or the port is taken.
     """
-    if not spec.token and not loopback(spec.host):
+    if not spec.token and not guard.loopback(spec.host):
         raise UserError(f"host {spec.host}: other machines can reach it, so a token is needed: set CHAT_TOKEN")
     # A client that disconnects cancels its answer.
     runner = web.AppRunner(make_app(agent, spec), handler_cancellation=True, access_log=None)

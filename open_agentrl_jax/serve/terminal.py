@@ -13,17 +13,8 @@ from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run.players import seed_of
 from open_agentrl_jax.serve.agent import Agent
 from open_agentrl_jax.serve.streaming import Event, Listener
+from open_agentrl_jax.text import printable
 from open_agentrl_jax.types import Message, Sampling, UserError
-
-# Models and tools write escape sequences: they would move the cursor, retitle the window or fill the clipboard. Without
-# their control characters they are harmless text. Bidirectional overrides disguise code.
-_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_HARMLESS = dict.fromkeys(set(_CONTROLS) - {ord("\n"), ord("\t")})
-
-
-def printable(text: str) -> str:
-    """Text without control characters, except line breaks and tabs."""
-    return text.translate(_HARMLESS)
 
 
 def printer(console: Console) -> Listener:

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from open_agentrl_jax.telemetry.redact import redact
+from open_agentrl_jax.text import printable
+
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -39,8 +42,8 @@ class Screen:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line, above the bars."""
-        self._progress.console.print(text, highlight=False, markup=False)
+        """Prints one line above the bars, without secrets and control characters."""
+        self._progress.console.print(printable(redact(text)), highlight=False, markup=False)
 
     def bar(self, phase: str, done: int, total: int, text: str = "") -> None:
         """Moves the bar of a phase, or says how far it is where there is no terminal."""

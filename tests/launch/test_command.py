@@ -156,6 +156,27 @@ def test_a_taken_port_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for port in (taken.getsockname()[1], 99999):
             monkeypatch.setattr(sys, "argv", ["report", "--serve", str(tmp_path), "--port", str(port)])
-            assert report.main() == 2
+            with pytest.raises(SystemExit) as ended:
+                report.main()
             told = capsys.readouterr().err
-            assert told.startswith(f"error: --port {port}") and told.count("\n") == 1
+            assert ended.value.code == 2 and told.startswith(f"error: port {port} at ") and told.count("\n") == 1
+
+
+def test_errors_and_logs_show_no_secrets(tmp_path):
+    """The message of a bad tool names it as the config does, key included."""
+    code = (
+        "import logging\nfrom launch import command\nfrom open_agentrl_jax.types import UserError\n"
+        "from open_agentrl_jax.telemetry.screen import Screen\n"
+        "def main():\n"
+        "    logging.getLogger('mine').warning('server %s: try again', 'https://me:s3cret@host')\n"
+        "    Screen().say('server https://me:s3cret@host')\n"
+        "    raise UserError('agent.tools=mcp:npx --api-key s3cret : no such file')\n"
+        "command.run(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "server https://***@host: try again" in done.stderr
+    assert "error: agent.tools=mcp:npx --api-key *** : no such file" in done.stderr

@@ -87,6 +87,8 @@ def test_a_run_goes_to_the_hub_with_its_figures(tmp_path, model, hub, capsys):
         "run_dir": "/secret",
         "model": {"path": "Qwen/Qwen3-4B"},
         "data": {"eval": "/secret/a.jsonl"},
+        "sandbox": {"urls": ["https://me:secret@host"]},
+        "agent": {"tools": ["mcp:npx server --api-key secret"]},
     }
     (run / "config.json").write_text(json.dumps({"config": settings}))
     model.rename(run / "export")

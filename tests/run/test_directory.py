@@ -137,3 +137,11 @@ def test_the_processes_of_a_run_share_the_lock_of_the_first(tmp_path, holder, mo
         claim_directory(config)
     monkeypatch.setattr(directories.processes, "first", lambda: False)
     assert claim_directory(config) == tmp_path / "run"
+
+
+def test_a_new_run_directory_is_private(tmp_path):
+    lock_directory(tmp_path / "runs" / "mine")
+    assert (tmp_path / "runs" / "mine").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "shared").mkdir(mode=0o750)
+    lock_directory(tmp_path / "shared")
+    assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o750  # as its owner made it

@@ -22,7 +22,8 @@ from open_agentrl_jax.run.world import open_world
 from open_agentrl_jax.serve import endpoint as chat_server
 from open_agentrl_jax.serve.agent import Agent, open_agent
 from open_agentrl_jax.serve.streaming import Event
-from open_agentrl_jax.serve.terminal import printable, printer
+from open_agentrl_jax.serve.terminal import printer
+from open_agentrl_jax.text import printable
 from open_agentrl_jax.types import UserError
 from tests.launch.runs import ROOT, environment
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from launch.report import make_server
 from open_agentrl_jax.telemetry import report
+from open_agentrl_jax.telemetry.server import make_server
 
 from .runs import add_tokenizer, write_run
 

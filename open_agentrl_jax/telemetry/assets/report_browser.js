@@ -105,7 +105,8 @@ class Browser {
     const order = ORDERS[this.inputs.order.value][1];
     if (order) this.items.sort(order);
     const left = this.run.head.left_out ? `; ${this.run.head.left_out} more are in trajectories.jsonl only (see them with --serve)` : "";
-    this.count.textContent = `${this.items.length} ${show === "trajectories" ? "trajectories" : "groups"} of ${show === "trajectories" ? index.step.length : groups.length}${left}`;
+    const damaged = this.run.head.damaged ? `; ${this.run.head.damaged} damaged lines are skipped` : "";
+    this.count.textContent = `${this.items.length} ${show === "trajectories" ? "trajectories" : "groups"} of ${show === "trajectories" ? index.step.length : groups.length}${left}${damaged}`;
     this.space.style.height = `${this.items.length * ROW}px`;
     this.selected = -1;
     this.list.scrollTop = 0;

@@ -59,15 +59,32 @@ function facts(trajectory) {
   return el("dl", { class: "facts" }, ...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
 }
 
+// The prompt with the chat template applied, system prompt included, and the tool schemas: what the model saw.
+function seen(run, trajectory) {
+  const tools = trajectory.tools ?? [];
+  const names = tools.map((tool) => (tool.function ?? tool).name).join(", ");
+  const box = el("details", { class: "seen" }, el("summary", {}, `the prompt as the model saw it${names ? `; tools: ${names}` : ""}`));
+  const fill = async () => {
+    if (trajectory.tokens) {
+      const [{ ids, versions }, words] = await Promise.all([tokensOf(trajectory.tokens), run.vocabulary()]);
+      const first = versions.findIndex((version) => version >= 0);
+      box.append(el("pre", { class: "prompt" }, [...ids.slice(0, first < 0 ? ids.length : first)].map((id) => words[id] ?? `#${id} `).join("")));
+    }
+    if (tools.length) box.append(el("pre", { class: "code" }, JSON.stringify(tools, null, 1)));
+  };
+  box.addEventListener("toggle", () => fill().catch((error) => box.append(el("p", { class: "note" }, String(error.message)))), { once: true });
+  return box;
+}
+
 // The chat of a row; `reference` is the trajectory that the first difference is marked against.
 async function chat(run, row, { full = true, reference = null } = {}) {
   const trajectory = await run.row(row);
   const box = el("article", { class: "trajectory" });
   const verdict = ["aborted", "error"].includes(trajectory.stop) ? "aborted" : trajectory.accuracy > 0 ? "right" : "wrong";
   box.append(el("h3", {}, el("span", { class: `verdict ${verdict}` }, verdict), ` ${figure(trajectory.reward)} · ${trajectory.stop} · sample ${trajectory.sample ?? 0}`));
-  if (full) box.append(facts(trajectory));
-  const said = full ? [...trajectory.prompt, ...trajectory.messages] : trajectory.messages;
-  const compared = reference && reference !== trajectory ? said.findIndex((message, i) => message.content !== (reference.messages[i] ?? {}).content) : -1;
+  if (full) box.append(facts(trajectory), seen(run, trajectory));
+  const said = [...(full ? (trajectory.prompt ?? []) : []), ...(trajectory.messages ?? [])];
+  const compared = reference && reference !== trajectory ? said.findIndex((message, i) => message.content !== ((reference.messages ?? [])[i] ?? {}).content) : -1;
   const talk = el("div", { class: "talk" }, ...said.map((message, i) => bubble(message, i === compared)));
   box.append(talk);
   if (trajectory.tokens) {
@@ -121,5 +138,5 @@ async function sideBySide(entries) {
   const { trajectory } = loaded[0];
   const count = loaded.filter((one) => one.trajectory.accuracy > 0).length;
   const title = `${trajectory.problem_id}: ${count} of ${loaded.length} right${right && count < loaded.length ? "; the orange line is where a sample first differs from a right one" : ""}`;
-  return el("div", {}, el("h3", {}, title), ...trajectory.prompt.map((message) => bubble(message)), el("div", { class: "columns" }, ...columns));
+  return el("div", {}, el("h3", {}, title), seen(loaded[0].run, trajectory), ...(trajectory.prompt ?? []).map((message) => bubble(message)), el("div", { class: "columns" }, ...columns));
 }
