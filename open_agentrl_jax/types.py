@@ -7,6 +7,7 @@ g groups, n samples, f hidden, v vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,29 +105,18 @@ class Turn:
 
 
 @dataclasses.dataclass
-class Trajectory:
-    """One episode as ONE token sequence, never split into prompt and completion, never re-tokenised."""
+class TokenSequence:
+    """Tokens in the order in which the policy read and sampled them, and the turns as text. Never tokenised again."""
 
     tokens: Int32[np.ndarray, " t"]  # prompt and all that followed, exactly as templated or sampled
     loss_mask: Bool[np.ndarray, " t"]  # True where the policy sampled the token (the stop token included)
     logprobs: Float32[np.ndarray, " t"]  # behaviour log-prob (nats) of tokens[i] given tokens[:i]; 0 off the mask
     versions: Int32[np.ndarray, " t"]  # weight version that sampled tokens[i]; -1 off the mask
     turns: list[Turn]
-    stop: str  # "answer" | "length" | "turns" | "time" | "aborted" | "error"
-    reward: float = 0.0
-    accuracy: float = 0.0
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    prediction: str = ""  # the answer that the grader found
-    error: str = ""  # with stop "error": the traceback of the tool, grader or environment that raised
-
-    @property
-    def aborted(self) -> bool:
-        """True where infrastructure or a user's code failed: the trajectory is masked, never scored."""
-        return self.stop in ("aborted", "error")
 
     @property
     def said(self) -> list[Message]:
-        """The conversation after the prompt as text, the calls still part of it."""
+        """The conversation after the prompt as text; calls are part of the text."""
         return [
             message
             for turn in self.turns
@@ -138,11 +128,69 @@ class Trajectory:
 
 
 @dataclasses.dataclass
+class Outcome:
+    """How an episode ended.
+
+    `stop`: "answer" | "length" | "turns" | "time" | "exit" (a harness failed) | "aborted" | "error" | "client_..." (a
+    harness sent requests that cannot be served, see agent.transcript).
+    """
+
+    stop: str
+    reward: float = 0.0
+    accuracy: float = 0.0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    prediction: str = ""  # the answer that the grader found
+    error: str = ""  # of a fault: the traceback, or the last output of a harness
+
+    @property
+    def faulted(self) -> bool:
+        """True where a user's code (tool, grader, environment, harness) failed; another attempt would fail as well."""
+        return self.stop == "error" or self.stop.startswith("client_")
+
+    @property
+    def aborted(self) -> bool:
+        """True where infrastructure or a user's code failed: the episode is masked, never scored."""
+        return self.stop == "aborted" or self.faulted
+
+
+@dataclasses.dataclass
+class Trajectory(Outcome, TokenSequence):
+    """An episode of ONE token sequence, never split into prompt and completion."""
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """The trajectory itself, as an Episode has them."""
+        return [self]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Episode(Outcome):
+    """An episode whose conversation was rewritten or forked, so that it is several token sequences.
+
+    All sequences share reward and advantage. A token is sampled in one sequence and unmasked in the others, so that
+    each is trained once; losses divide by the number of tokens of all sequences.
+    """
+
+    sequences: list[TokenSequence]
+    stop: str = "answer"
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The turns of all sequences."""
+        return [turn for sequence in self.sequences for turn in sequence.turns]
+
+    @property
+    def said(self) -> list[Message]:
+        """The conversations of all sequences, one after another."""
+        return [message for sequence in self.sequences for message in sequence.said]
+
+
+@dataclasses.dataclass
 class Group:
     """The n samples of one problem, in the order of their sample number."""
 
     task: Task
-    trajectories: list[Trajectory]
+    trajectories: Sequence[Trajectory | Episode]
     position: int = 0  # place of the problem in the endless data stream
 
     @property

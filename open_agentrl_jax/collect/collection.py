@@ -21,7 +21,7 @@ from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation
 from open_agentrl_jax.data.prompts import Reader
-from open_agentrl_jax.types import Message, Task, Trajectory
+from open_agentrl_jax.types import Episode, Message, Task, Trajectory
 
 NGRAM = 13  # words in a row that make two texts the same, as GPT-3 and its successors count it
 
@@ -37,7 +37,7 @@ class Sample:
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)  # more columns of the parquet
 
 
-CHECKS: tuple[tuple[str, Callable[[Trajectory], bool]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Trajectory | Episode], bool]], ...] = (
     ("not_graded", lambda t: t.aborted),
     ("wrong", lambda t: t.accuracy < 1),
     ("unfinished", lambda t: t.stop != "answer"),
@@ -46,7 +46,7 @@ CHECKS: tuple[tuple[str, Callable[[Trajectory], bool]], ...] = (
 )
 
 
-def refusal(trajectory: Trajectory) -> str:
+def refusal(trajectory: Trajectory | Episode) -> str:
     """The first of CHECKS that speaks against learning from a trajectory; "" where none does."""
     return next((name for name, fails in CHECKS if fails(trajectory)), "")
 
@@ -56,7 +56,7 @@ def problem_of(task: Task) -> str:
     return str(task.extra.get("problem") or task.messages[-1].content)
 
 
-def messages_of(task: Task, trajectory: Trajectory) -> list[Message]:
+def messages_of(task: Task, trajectory: Trajectory | Episode) -> list[Message]:
     """The whole conversation, with every call and every result as such."""
     messages = list(task.messages)
     for turn in trajectory.turns:
@@ -66,7 +66,7 @@ def messages_of(task: Task, trajectory: Trajectory) -> list[Message]:
     return messages
 
 
-def sample_of(task: Task, trajectory: Trajectory, number: int, tools: list[dict[str, Any]]) -> Sample:
+def sample_of(task: Task, trajectory: Trajectory | Episode, number: int, tools: list[dict[str, Any]]) -> Sample:
     """A trajectory as a row to learn from. `number` is that of the try."""
     statuses = [status for turn in trajectory.turns for status in turn.tool_statuses]
     good = sum(status == "ok" for status in statuses)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from open_agentrl_jax.rollout.scheduler import Play
-from open_agentrl_jax.types import Completion, Sampling, Task, ToolCall, Trajectory, Turn, UserError
+from open_agentrl_jax.types import Completion, Episode, Sampling, Task, ToolCall, Trajectory, Turn, UserError
 
 
 class Journal:
@@ -101,7 +101,7 @@ def remembered(play: Play, journal: Journal) -> Play:
     Aborted episodes are not kept.
     """
 
-    async def replay(task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
+    async def replay(task: Task, *, position: int, sample: int, attempt: int) -> Trajectory | Episode:
         key = f"episode {key_of(task, sample)}"
         if (record := journal.get(key)) is not None:
             return from_record(record)
@@ -113,7 +113,7 @@ def remembered(play: Play, journal: Journal) -> Play:
     return replay
 
 
-def to_record(trajectory: Trajectory) -> dict[str, Any]:
+def to_record(trajectory: Trajectory | Episode) -> dict[str, Any]:
     """Everything but the token streams, for JSON."""
     names = ("stop", "reward", "accuracy", "prediction", "metrics")
     turns = [dataclasses.asdict(turn) for turn in trajectory.turns]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from open_agentrl_jax.evaluation.metrics import summarize
-from open_agentrl_jax.types import Group, Trajectory
+from open_agentrl_jax.types import Episode, Group, Trajectory
 
 DELIBERATIVE = 0.7  # a deliberative response has more than this share of successful tool calls
 FEW_CALLS = 4  # and at most this many calls
@@ -89,7 +89,7 @@ def livecodebench(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: str(row["question_id"]))
 
 
-def tool_use(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+def tool_use(trajectories: Sequence[Trajectory | Episode]) -> dict[str, Any]:
     """How a set of responses used the tool.
 
     A response is "deliberative" with one to FEW_CALLS calls of which more than DELIBERATIVE succeed, "none" without a

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from open_agentrl_jax.types import Group, NothingToLearn, Task, Trajectory
+from open_agentrl_jax.types import Episode, Group, NothingToLearn, Task, Trajectory
 
 ATTEMPTS = 3  # per episode, if the infrastructure fails
 DROPPED_BATCHES = 32  # consecutive dropped groups, in batches, after which filter_groups gives up; a warning at 1/8
@@ -41,7 +41,7 @@ class TaskSource(Protocol):
 class Play(Protocol):
     """Plays one episode of a problem."""
 
-    def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Awaitable[Trajectory]:
+    def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Awaitable[Trajectory | Episode]:
         """`position` and `sample` determine the random draws; `attempt` counts from 0."""
         ...
 
@@ -102,11 +102,11 @@ async def play_group(
 ) -> Group:
     """Plays all samples of one problem; an episode that the infrastructure fails is retried, then kept as aborted."""
 
-    async def one(sample: int) -> Trajectory:
+    async def one(sample: int) -> Trajectory | Episode:
         for attempt in range(ATTEMPTS):
             async with limit:
                 trajectory = await play(task, position=position, sample=sample, attempt=attempt)
-            if not trajectory.aborted or trajectory.stop == "error" or trajectory.metrics.get("timed_out"):
+            if not trajectory.aborted or trajectory.faulted or trajectory.metrics.get("timed_out"):
                 break  # playing it again would take as long, or raise again
         trajectory.metrics["attempts"] = float(attempt + 1)
         on_episode()

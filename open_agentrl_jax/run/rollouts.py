@@ -129,7 +129,7 @@ def refuse_failing_code(groups: Sequence[Group], most: float) -> None:
         UserError: more than the share `most` of the episodes ended with an exception of user code.
     """
     episodes = [t for group in groups for t in group.trajectories]
-    failed = [t for t in episodes if t.stop == "error"]
+    failed = [t for t in episodes if t.faulted]
     for text in {t.error for t in failed} - _shown:
         _shown.add(text)
         logger.warning("an exception of a tool, grader or environment ended an episode:\n%s", text)

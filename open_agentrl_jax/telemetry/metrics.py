@@ -47,7 +47,8 @@ def rollout_metrics(groups: Sequence[Group], *, version: int | None = None) -> d
         "groups/equal": float(np.mean([group.all_equal for group in groups])),
     }
     if version is not None:
-        ages = np.concatenate([version - t.versions[t.versions >= 0] for t in graded])
+        sampled = [s.versions[s.versions >= 0] for t in graded for s in t.sequences]
+        ages = version - np.concatenate(sampled)
         metrics |= {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
     return {name: float(value) for name, value in metrics.items()}
 

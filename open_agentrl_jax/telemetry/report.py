@@ -138,8 +138,9 @@ def _embedded(directory: Path, table: Table) -> Iterable[tuple[str, bytes]]:
     for number, (first, end) in enumerate(bounds):
         yield f"chunk{number}", b"".join(lines[first:end])
         for line in lines[first:end]:
-            if "tokens" in (trajectory := json.loads(line)):
-                seen.update(np.unique(unpack_tokens(trajectory["tokens"])[0]).tolist())
+            trajectory = json.loads(line)
+            for packed in (trajectory.get("tokens"), *trajectory.get("more_tokens", ())):
+                seen.update(np.unique(unpack_tokens(packed)[0]).tolist() if packed else ())
     yield "vocabulary", encode(read_vocabulary(directory, sorted(seen)) if seen else {})
 
 

@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from open_agentrl_jax.types import Trajectory
+from open_agentrl_jax.types import TokenSequence
 
 OFF = -1  # the version of a token that the policy did not sample
 
 
-def pack_tokens(trajectory: Trajectory) -> dict[str, Any]:
+def pack_tokens(sequence: TokenSequence) -> dict[str, Any]:
     """What JSON takes.
 
     Returns:
         ids: of all t tokens; logprobs: of the sampled ones; spans: runs of [count, version], version -1 off the mask.
     """
-    versions = np.where(trajectory.loss_mask, trajectory.versions, OFF)
+    versions = np.where(sequence.loss_mask, sequence.versions, OFF)
     edges = np.flatnonzero(np.diff(versions)) + 1
     starts = [0, *edges.tolist(), len(versions)] if len(versions) else [0]
     spans = [[b - a, int(versions[a])] for a, b in itertools.pairwise(starts)]
-    sampled = trajectory.logprobs[trajectory.loss_mask]
-    return {"ids": _pack(trajectory.tokens, "<u4"), "logprobs": _pack(sampled, "<f2"), "spans": spans}
+    sampled = sequence.logprobs[sequence.loss_mask]
+    return {"ids": _pack(sequence.tokens, "<u4"), "logprobs": _pack(sampled, "<f2"), "spans": spans}
 
 
 def unpack_tokens(packed: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

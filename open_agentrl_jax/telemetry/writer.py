@@ -92,9 +92,13 @@ class Writer:
         return numbers
 
     def trajectories(self, step: int, phase: str, groups: Iterable[Group]) -> None:
-        """Appends one line per trajectory, in the order of problems and samples."""
+        """Appends one line per episode, in the order of problems and samples.
+
+        `tokens` holds the first sequence of the episode, `more_tokens` the others, if there are any.
+        """
         for group in groups:
             for sample, trajectory in enumerate(group.trajectories):
+                tokens = [pack_tokens(sequence) for sequence in trajectory.sequences]
                 self._append(
                     "trajectories.jsonl",
                     {
@@ -109,9 +113,10 @@ class Writer:
                         "reward": round(trajectory.reward, 6),
                         "accuracy": trajectory.accuracy,
                         "stop": trajectory.stop,
-                        "versions": sorted({int(v) for v in trajectory.versions if v >= 0}),
+                        "versions": sorted({int(v) for s in trajectory.sequences for v in s.versions if v >= 0}),
                         "metrics": {k: v for k, v in trajectory.metrics.items() if k != "seconds"},
-                        "tokens": pack_tokens(trajectory),
+                        "tokens": tokens[0] if tokens else None,
+                        **({"more_tokens": tokens[1:]} if len(tokens) > 1 else {}),
                     },
                 )
 

@@ -18,17 +18,20 @@ MiniBatch = tuple[Batch, np.int32]  # on the mesh, with its number of occupied m
 
 
 def examples(groups: Sequence[Group], advantages: np.ndarray) -> list[Example]:
-    """The sequences of a batch that train: all but those that the infrastructure lost.
+    """The sequences of a batch that train: those of all episodes but the ones that the infrastructure lost.
+
+    The sequences of an episode share its advantage.
 
     Args:
         groups: g groups of n samples.
         advantages: [g n].
     """
     return [
-        Example(t.tokens, t.loss_mask, float(a), t.logprobs)
+        Example(sequence.tokens, sequence.loss_mask, float(a), sequence.logprobs)
         for group, row in zip(groups, advantages, strict=True)
         for t, a in zip(group.trajectories, row, strict=True)
-        if not t.aborted and t.loss_mask.any()
+        for sequence in t.sequences
+        if not t.aborted and sequence.loss_mask.any()
     ]
 
 

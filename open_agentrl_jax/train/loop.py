@@ -137,7 +137,7 @@ def train_rl(
             run.writer.trajectories(version, "rl", groups)
             warn_of_drift(version, numbers, learner.rl.logprob_tolerance)
         times = clock.read() | wall_metrics(groups) | engine_metrics()
-        tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
+        tokens = sum(len(s.tokens) for group in groups for t in group.trajectories for s in t.sequences)
         run.writer.metrics(version, "rl", numbers | times | {"tokens_per_second": tokens / times["time/step"]})
         run.bar(version, steps, summary(numbers))
         run.stopper.agree()

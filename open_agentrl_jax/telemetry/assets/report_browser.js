@@ -126,7 +126,7 @@ class Browser {
     const { index } = this.run;
     const [row, end] = item.rows;
     const single = end - row === 1;
-    const verdict = single && ["aborted", "error"].includes(index.stop[row]) ? "aborted" : item.accuracy >= 1 ? "right" : item.accuracy > 0 ? "part" : "wrong";
+    const verdict = single && /^(aborted|error|client_.*)$/.test(index.stop[row]) ? "aborted" : item.accuracy >= 1 ? "right" : item.accuracy > 0 ? "part" : "wrong";
     const cells = [
       [`verdict ${verdict}`, single ? (verdict === "right" ? "✓" : verdict === "aborted" ? "–" : "✗") : `${Math.round(item.accuracy * (end - row))}/${end - row}`],
       ["cell", `${index.phase[row]} ${index.step[row]}`],

@@ -80,27 +80,28 @@ function seen(run, trajectory) {
 async function chat(run, row, { full = true, reference = null } = {}) {
   const trajectory = await run.row(row);
   const box = el("article", { class: "trajectory" });
-  const verdict = ["aborted", "error"].includes(trajectory.stop) ? "aborted" : trajectory.accuracy > 0 ? "right" : "wrong";
+  const verdict = /^(aborted|error|client_.*)$/.test(trajectory.stop) ? "aborted" : trajectory.accuracy > 0 ? "right" : "wrong";
   box.append(el("h3", {}, el("span", { class: `verdict ${verdict}` }, verdict), ` ${figure(trajectory.reward)} · ${trajectory.stop} · sample ${trajectory.sample ?? 0}`));
   if (full) box.append(facts(trajectory), seen(run, trajectory));
   const said = [...(full ? (trajectory.prompt ?? []) : []), ...(trajectory.messages ?? [])];
   const compared = reference && reference !== trajectory ? said.findIndex((message, i) => message.content !== ((reference.messages ?? [])[i] ?? {}).content) : -1;
   const talk = el("div", { class: "talk" }, ...said.map((message, i) => bubble(message, i === compared)));
   box.append(talk);
-  if (trajectory.tokens) {
+  for (const [i, packed] of [trajectory.tokens, ...(trajectory.more_tokens ?? [])].entries()) {
+    if (!packed) continue;
     const place = el("div", { class: "tokens" });
-    const button = el("button", {}, "tokens: log-prob, mask, version");
+    const button = el("button", {}, `tokens${i ? ` of sequence ${i + 1}` : ""}: log-prob, mask, version`);
     button.addEventListener("click", () => {
       button.remove();
-      showTokens(run, trajectory, place);
+      showTokens(run, packed, place);
     });
     box.append(button, place);
   }
   return box;
 }
 
-async function showTokens(run, trajectory, place) {
-  const [{ ids, versions, logprobs }, words] = await Promise.all([tokensOf(trajectory.tokens), run.vocabulary()]);
+async function showTokens(run, packed, place) {
+  const [{ ids, versions, logprobs }, words] = await Promise.all([tokensOf(packed), run.vocabulary()]);
   const tip = el("p", { class: "tip" }, `${ids.length} tokens; grey: not sampled, so without gradient; red: unlikely. Point at one.`);
   const text = el("div", { class: "stream" });
   place.replaceChildren(tip, text);

@@ -1,0 +1,73 @@
+"""Episodes of several token sequences: one reward and advantage, each sampled token trained once."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from open_agentrl_jax.algorithms.advantages import group_relative
+from open_agentrl_jax.config import RL, Packing
+from open_agentrl_jax.telemetry.metrics import rollout_metrics
+from open_agentrl_jax.telemetry.tokens import unpack_tokens
+from open_agentrl_jax.telemetry.writer import Writer
+from open_agentrl_jax.train.learner import Learner
+from open_agentrl_jax.types import Episode, Group, TokenSequence
+from tests.telemetry.runs import group
+
+STREAMS = [field.name for field in dataclasses.fields(TokenSequence)]
+
+
+def as_episode(trajectory, *forks):
+    """An Episode with the outcome of a trajectory; at each fork a new sequence repeats the tokens, unmasked."""
+    outcome = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(Episode) if f.name != "sequences"}
+    parts = [TokenSequence(*(getattr(trajectory, name) for name in STREAMS))]
+    for fork in forks:
+        parts[-1] = TokenSequence(*(getattr(parts[-1], name)[:fork] for name in STREAMS[:-1]), turns=trajectory.turns)
+        late = np.arange(len(trajectory.tokens)) >= fork
+        mask = trajectory.loss_mask & late
+        logprobs, versions = np.where(mask, trajectory.logprobs, 0), np.where(mask, trajectory.versions, -1)
+        parts.append(TokenSequence(trajectory.tokens, mask, logprobs, versions, turns=[]))
+    return Episode(sequences=parts, **outcome)
+
+
+def packed(made, samples=3):
+    rl = RL(prompts=1, samples=samples, mini_batches=1)
+    learner = Learner(None, None, None, lambda batch: batch, group_relative, rl, Packing(rows=1, length=12), np.ones(1))
+    ((batch, used),), _ = learner.pack([made])
+    return batch, used
+
+
+def test_one_sequence_gives_the_bits_of_a_trajectory():
+    plain = group("p", (1.0, -1.0, 1.0))
+    wrapped = Group(plain.task, [as_episode(t) for t in plain.trajectories])
+    (one, used), (other, as_used) = packed(plain), packed(wrapped)
+    assert used == as_used
+    for field in dataclasses.fields(one):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+    with_prompt = [dataclasses.replace(t, metrics=t.metrics | {"prompt_length": 4.0}) for t in plain.trajectories]
+    plain = Group(plain.task, with_prompt)
+    wrapped = Group(plain.task, [as_episode(t) for t in with_prompt])
+    assert rollout_metrics([plain], version=2) == rollout_metrics([wrapped], version=2)
+
+
+def test_sequences_share_the_advantage_and_every_sampled_token_trains_once():
+    plain = group("p", (1.0, -1.0, 1.0))
+    cut = Group(plain.task, [as_episode(plain.trajectories[0], 7), *plain.trajectories[1:]])
+    batch, used = packed(cut)
+    assert used == 4 and batch.mask.shape == (6, 1, 12)  # more sequences than samples: a multiple of the static shape
+    whole, _ = packed(plain)
+    assert batch.mask.sum() == whole.mask.sum()
+    np.testing.assert_array_equal(np.unique(batch.advantages), np.unique(whole.advantages))
+    np.testing.assert_allclose(batch.advantages.sum(), whole.advantages.sum(), rtol=1e-6)
+
+
+def test_a_line_of_trajectories_jsonl_holds_every_sequence(tmp_path):
+    plain = group("p", (1.0,))
+    writer = Writer(tmp_path)
+    writer.trajectories(1, "rl", [Group(plain.task, [as_episode(plain.trajectories[0], 7)])])
+    writer.close()
+    line = json.loads((tmp_path / "trajectories.jsonl").read_text())
+    parts = [unpack_tokens(part)[0] for part in (line["tokens"], *line["more_tokens"])]
+    np.testing.assert_array_equal(parts[0], plain.trajectories[0].tokens[:7])
+    np.testing.assert_array_equal(parts[1], plain.trajectories[0].tokens)
+    assert line["versions"] == [1] and [m["role"] for m in line["messages"]] == ["assistant", "tool", "assistant"]
