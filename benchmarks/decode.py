@@ -8,7 +8,7 @@ more tokens of the same sessions (decode, no prefill in it), as many requests of
 
 decode: the bound is the bytes that a step must read over the rate at which the machine reads. The bytes are the weights
   once (of an embedding that is not the head too, only some rows) and the keys and values of every row; the rate is that
-  of the faster of a sum and a matrix-vector product over an array of 1 GB.
+  of the faster of a sum and a matrix-vector product over an array of 1 GiB, or of 2 GiB off the CPU.
 prefill: tokens/s until the last prompt has its first token; the operations are those of the layers' products and of the
   pairs of tokens that see each other, the machine's rate is that of a large square product in the same dtype.
 group: seconds until all have their first token, over the seconds that prompts without a common prefix took.
@@ -41,7 +41,7 @@ from open_agentrl_jax.types import Completion, Sampling
 SMALL: dict[str, Any] = {"model_type": "qwen3", "hidden_size": 768, "intermediate_size": 2304, "num_layers": 8}
 SMALL |= {"num_heads": 12, "num_kv_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True}
 MODELS: dict[str, dict[str, Any]] = {"small": SMALL, **SHAPES}
-READ_BYTES = 2**30
+READ_BYTES = {"cpu": 2**30}  # of the array that gives the bandwidth; elsewhere 2 GiB, which outweighs a launch
 SQUARE = {"cpu": 2048}  # of the product that gives the matmul rate; elsewhere 8,192
 
 
@@ -53,8 +53,9 @@ class Machine:
     multiply: Callable[[], float]  # operations/s
 
 
-def open_machine(dtype: str, *, read_bytes: int = READ_BYTES, square: int = 0) -> Machine:
+def open_machine(dtype: str, *, read_bytes: int = 0, square: int = 0) -> Machine:
     """Compiles the probes; see the head of this file."""
+    read_bytes = read_bytes or READ_BYTES.get(jax.default_backend(), 2**31)
     square = square or SQUARE.get(jax.default_backend(), 8192)
     width = 1 << (read_bytes // jnp.dtype(dtype).itemsize).bit_length() // 2
     table = jnp.ones((read_bytes // jnp.dtype(dtype).itemsize // width, width), dtype)

@@ -100,7 +100,8 @@ def _register_varlen() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, ends: Any = None, longest: int = 0, **_: Any) -> Any:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # from [1 h t D]
+        # From [1 h t D]. Autocast leaves the norms and rotated q and k in float32, which the kernel does not take.
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
         return varlen(q, k, v, ends, longest)[None], None
 
     AttentionInterface.register("varlen", attend)
