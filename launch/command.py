@@ -12,6 +12,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -152,7 +153,9 @@ def _machine_fault(error: BaseException) -> str:
     full = os.strerror(errno.ENOSPC)
     for cause in _causes(error):
         if full in str(cause):  # also where a library wraps the number into a text
-            where = f"{name}: " if (name := getattr(cause, "filename", None)) else ""
+            quoted = re.search(r'"(/[^"]+)"', str(cause))
+            name = getattr(cause, "filename", None) or (quoted[1] if quoted else "")
+            where = f"{name}: " if name else ""
             return f"{where}{full}; free some space, then run the same command again"
         if isinstance(cause, OSError) and cause.filename is not None and cause.errno in MACHINE_FAULTS:
             return f"{cause.filename}: {cause.strerror}"

@@ -100,6 +100,7 @@ class Turn:
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
     tool_outputs: list[str] = dataclasses.field(default_factory=list)
     tool_statuses: list[str] = dataclasses.field(default_factory=list)  # "ok" | "error" | "infrastructure", one a call
+    words: str = ""  # `content` without its calls
     reply_role: str = "tool"  # of the outputs: "user" where the environment answered words, not calls
     seconds: float = 0.0
 

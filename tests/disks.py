@@ -1,7 +1,9 @@
-"""Stand-ins for file systems: a mounted bucket, which renames no directory, and reads that fail."""
+"""Difficult file systems: a full disk, and a mounted bucket, which renames no directory."""
 
 import errno
 import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -20,3 +22,22 @@ def bucket_mount(monkeypatch):
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a tmpfs of some KiB, or resizes it, and returns its folder; needs root."""
+    folder, mounted = tmp_path / "disk", []
+
+    def resize(kib):
+        folder.mkdir(exist_ok=True)
+        options = f"remount,size={kib}k" if mounted else f"size={kib}k"
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no tmpfs can be mounted here")
+        mounted.append(True)
+        return folder
+
+    yield resize
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)

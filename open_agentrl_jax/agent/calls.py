@@ -111,6 +111,21 @@ def parse_tool_calls(text: str, *, format: str = "hermes", tools: Sequence[Mappi
     return FORMATS[format].parse(text, tools)
 
 
+def parse_any_format(text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
+    """Parses text whose format is unknown: the first format that reads calls of known tools, else Hermes.
+
+    Args:
+        text: one assistant turn.
+        tools: the schemas that the model saw. An answer that only looks like a call names none of them.
+    """
+    names = {tool.get("function", tool).get("name") for tool in tools}
+    for format in FORMATS.values():
+        words, calls = format.parse(text, tools)
+        if calls and all(call.name in names and not call.error for call in calls):
+            return words, calls
+    return hermes(text)
+
+
 def _tagged(text: str, read: Callable[[str, int], tuple[ToolCall, int]]) -> Parsed:
     """Scans for blocks that begin with OPEN; `read` decodes the one whose body starts at an index and finds its end."""
     blocks: list[tuple[int, int, ToolCall]] = []

@@ -199,7 +199,7 @@ async def play(
             while not stop:
                 turn_started = time.monotonic()
                 reply = await policy.reply(budget.max_response - policy.length)
-                turn = Turn(reply.text or reply.content, reply.calls)
+                turn = Turn(reply.text or reply.content, reply.calls, words=reply.content)
                 turns.append(turn)
                 if reply.calls and first_call < 0:
                     first_call = float(policy.length)

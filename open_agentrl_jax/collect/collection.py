@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from open_agentrl_jax.agent.chat import parse_tool_calls
 from open_agentrl_jax.collect.curation import quotas
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
@@ -60,8 +59,8 @@ def messages_of(task: Task, trajectory: Trajectory | Episode) -> list[Message]:
     """The whole conversation, with every call and every result as such."""
     messages = list(task.messages)
     for turn in trajectory.turns:
-        words = parse_tool_calls(turn.content)[0] if turn.tool_calls else turn.content.strip()
-        messages.append(Message("assistant", words, turn.tool_calls))
+        words = turn.words if turn.tool_calls else turn.content
+        messages.append(Message("assistant", words.strip(), turn.tool_calls))
         messages += [Message(turn.reply_role, output) for output in turn.tool_outputs]
     return messages
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from open_agentrl_jax.agent.chat import parse_tool_calls
+from open_agentrl_jax.agent.calls import parse_any_format
 from open_agentrl_jax.agent.episode import Reply
 from open_agentrl_jax.collect.journal import tokenless
 from open_agentrl_jax.rollout.engine import EngineError
@@ -132,7 +132,7 @@ class ChatEndpoint:
             async with asyncio.timeout(self._timeout):
                 status, text = await self._post(body)
             if status == 200:
-                return read_reply(text)
+                return read_reply(text, body.get("tools", ()))
             reason = f"status {status}"
         except (httpx.HTTPError, TimeoutError) as error:
             status, reason, text = 0, type(error).__name__, str(error)
@@ -158,8 +158,16 @@ class ChatEndpoint:
         await self._http.aclose()
 
 
-def read_reply(text: str) -> Reply:
-    """Reads a chat completion. Raises Nonsense where there are neither words nor calls."""
+def read_reply(text: str, tools: Sequence[dict[str, Any]] = ()) -> Reply:
+    """Reads a chat completion.
+
+    Args:
+        text: the body of the response.
+        tools: the schemas that were sent.
+
+    Raises:
+        Nonsense: the body is no completion, or has neither words nor calls.
+    """
     try:
         body = json.loads(text)
         choice = body["choices"][0]
@@ -173,7 +181,7 @@ def read_reply(text: str) -> Reply:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Nonsense(f"{type(error).__name__} {error} in {text[:200]!r}") from error
     if not calls:  # a server without a parser of its own leaves the calls in the text
-        content, calls = parse_tool_calls(content)
+        content, calls = parse_any_format(content, tools)
     if not content.strip() and not calls:
         raise Nonsense(f"neither words nor calls in {text[:200]!r}")
     return Reply(content.strip(), calls, str(choice.get("finish_reason") or "stop"), tokens)

@@ -21,7 +21,7 @@ from open_agentrl_jax.run.players import Player, seed_of
 from open_agentrl_jax.run.policy import load_policy, make_chat, open_folder
 from open_agentrl_jax.run.world import World
 from open_agentrl_jax.text import cut_middle
-from open_agentrl_jax.types import Sampling, Task, ToolCall, Trajectory, UserError
+from open_agentrl_jax.types import Sampling, Task, ToolCall, Trajectory, Turn, UserError
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ def settings(config: Config, model: str, sampling: Sampling, phase: str, *, url:
     weights = [] if url else sorted(identity(model))
     return {
         **kept, "model": model, "weights": weights, "endpoint": url, "phase": phase, "tools": tools,
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": dataclasses.asdict(sampling), "turn": [field.name for field in dataclasses.fields(Turn)],
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 from open_agentrl_jax.data.benchmarks import place_of, read_problems
 from open_agentrl_jax.data.conversations import Conversation, from_chat, read_conversations
 from open_agentrl_jax.data.prompts import TEMPLATES, TOOL_HINT
-from open_agentrl_jax.data.rows import Table, resolve
+from open_agentrl_jax.data.rows import Table, fingerprint
 from open_agentrl_jax.types import Message, Task, UserError
 
 T = TypeVar("T")
@@ -160,10 +160,7 @@ def _prepare(
     options: dict[str, Any],
     made_by: str,
 ) -> Prepared[T]:
-    digest = hashlib.sha256(made_by.encode())
-    for file in resolve(place):
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+    digest = hashlib.sha256((made_by + fingerprint(place)).encode())
     stem = re.sub(r"\W+", "_", Path(place).stem).strip("_").lower() or "data"
     config = Config(name=f"{stem}_{digest.hexdigest()[:12]}", path=str(path), options=options)
     with _quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import logging
 import os
@@ -106,6 +107,16 @@ def resolve(path: str | os.PathLike[str]) -> list[Path]:
     if not files:
         raise UserError(f"data folder {path} holds no {', '.join(SUFFIXES)} file")
     return files
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the files behind a path or a Hub id, in hexadecimal. Raises UserError as resolve."""
+    digests = []
+    for file in resolve(path):
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256"))
+    joined = b"".join(digest.digest() for digest in digests)
+    return digests[0].hexdigest() if len(digests) == 1 else hashlib.sha256(joined).hexdigest()
 
 
 def _download(name: str, pattern: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,8 @@ import tenacity
 
 from open_agentrl_jax import config as configs
 from open_agentrl_jax.config import Config, to_dict
+from open_agentrl_jax.data import rows
+from open_agentrl_jax.data.benchmarks import place_of
 from open_agentrl_jax.data.loader import WEIGHTED
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.settings import differences
@@ -102,28 +103,26 @@ def claim_directory(config: Config) -> Path:
 
 
 def claim_data(directory: Path, config: Config) -> None:
-    """Marks the run directory with the content of the training files.
+    """Marks the run directory with the content of the training data: files, folders and Hub data sets.
 
-    Positions in the data stream are part of a run's progress, so that other files would train other problems.
+    A run continues at a position of its data stream, which leads to other problems in other data.
 
     Raises:
-        UserError: the run already trained on files of other content.
+        UserError: the run already trained on other content, or the data cannot be found.
     """
     mark = directory / "config.json"
     facts = json.loads(_read(mark))
     known, present = facts.get("data", {}), {}
     for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
         for part in getattr(config.data, field).split(",") if used else ():
-            match = WEIGHTED.fullmatch(part.strip())
-            if match and (path := Path(match["path"])).is_file():
-                with open(path, "rb") as file:
-                    present[f"data.{field}={path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            if (match := WEIGHTED.fullmatch(part.strip())) and (path := match["path"]) != "arithmetic":
+                present[f"data.{field}={path}"] = rows.fingerprint(place_of(path))
     changed = [name for name, digest in present.items() if known.get(name, digest) != digest]
     trained = (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").stat().st_size
     if changed and trained:
         raise UserError(
-            f"{changed[0]}: the file is not the one that the run in {directory} began with; restore it, or "
-            "give another run_dir"
+            f"{changed[0]}: its content is not what the run in {directory} began with; restore it, or give another "
+            "run_dir"
         )
     if {**known, **present} != known:
         write_atomically(mark, json.dumps(facts | {"data": {**known, **present}}, indent=1))

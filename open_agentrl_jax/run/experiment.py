@@ -69,7 +69,6 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
     stopper.install()
     with undone_if_refused(Path(config.directory)), contextlib.ExitStack() as stack:
         mirror, directory = processes.first_then_all(lambda: (open_mirror(config), claim_directory(config)))
-        processes.first_then_all(lambda: processes.first() and claim_data(directory, config))
         screen = stack.enter_context(Screen(quiet=not processes.first()))
         screen.say(count_devices())
         screen.say(f"run {config.name}: {directory}")
@@ -88,6 +87,7 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
         checkpoints = Checkpoints(directory / "checkpoints", keep=kept.keep, keep_best=kept.keep_best, mirror=mirror)
         stack.callback(checkpoints.close)
         chat = make_chat(config, folder.tokenizer, processes.share(world.schemas if world else []))
+        processes.first_then_all(lambda: processes.first() and claim_data(directory, config))
         tasks, held_out, conversations = load_data(config, directory, chat, world, loop, screen)
         policy = load_policy(config, folder)  # after the data, because weights take longest
         sft_steps, rl_steps = steps_of(config, len(conversations), len(tasks))

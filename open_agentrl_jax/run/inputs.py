@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -47,9 +48,10 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
         if table.skipped:
             notes.append(f"{path}: skipped {len(table.skipped)} rows, e.g. {table.skipped[0]}")
     chosen = list(range(len(tasks)))
-    if evaluation and len(distinct := _distinct(tasks)) < len(chosen):
-        # Copies of a problem are samples of it, not problems: counted as such they make intervals too narrow.
-        notes.append(f"{path}: {len(chosen)} rows hold {len(distinct)} problems; each is evaluated eval.samples times")
+    if len(distinct := _distinct(tasks)) < len(chosen):
+        # Some public sets repeat each row. In evaluation, copies counted as problems make intervals too narrow.
+        once = "evaluated eval.samples times" if evaluation else "played once per epoch"
+        notes.append(f"{path}: {len(chosen)} rows hold {len(distinct)} problems; each is {once}")
         chosen = distinct
     chosen = chosen[: (evaluation and config.data.eval_limit) or None]
     count = len(chosen)
@@ -65,10 +67,10 @@ def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tupl
 
 
 def _distinct(tasks: Source[Task]) -> list[int]:
-    """The index at which each pair of problem and answer stands first."""
-    first: dict[str, int] = {}
+    """The first index of each pair of problem and answer."""
+    first: dict[bytes, int] = {}
     for i, task in enumerate(tasks):
-        first.setdefault(repr((task.messages, task.answer)), i)
+        first.setdefault(hashlib.sha256(repr((task.messages, task.answer)).encode()).digest(), i)
     return list(first.values())
 
 
@@ -163,6 +165,8 @@ def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversatio
         if one.mask.any():
             made.append(one)
     refuse_many_bad("data.sft", bad, total, "see the tokenizer's chat template")
+    if len(distinct := {one.tokens.tobytes() for one in made}) < len(made):
+        log.warning("data.sft: %d of %d conversations are copies of others", len(made) - len(distinct), len(made))
     if unseen:
         log.warning("data.sft: the chat template leaves out the reasoning_content of %d conversations", unseen)
     if not made:

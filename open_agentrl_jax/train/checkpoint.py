@@ -67,7 +67,8 @@ class Checkpoints:
             keep_best: also keep the checkpoint with the best held-out accuracy.
             mirror: copies each finished checkpoint in a thread of its own.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step
+        # Orbax logs every step, and each error several times with its traceback before it raises it.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._path = Path(directory).absolute()
         self._path.mkdir(parents=True, exist_ok=True)
         context = ocp.Context()

@@ -32,7 +32,7 @@ def played(*turns, stop="answer", accuracy=1.0):
 def called(code, output, status="ok", words=""):
     call = ToolCall(PythonTool.name, {"code": code})
     text = f'{words}\n<tool_call>\n{{"name": "x", "arguments": {{}}}}\n</tool_call>'
-    return Turn(text, [call], [output], [status])
+    return Turn(text, [call], [output], [status], words=words)
 
 
 def task(problem="2 + 2?", source="s", name="1"):
@@ -56,6 +56,8 @@ def test_a_conversation_holds_every_call_and_every_result():
         ("tool", "ZeroDivisionError", 0),
         ("assistant", "\\boxed{4}", 0),
     ]
+    llama = Turn('{"name": "x", "parameters": {}}', [ToolCall("x")], ["4"], ["ok"])  # another family's format
+    assert messages_of(task(), played(llama))[1] == Message("assistant", "", [ToolCall("x")])
     s = sample_of(task(), t, 3, [PythonTool.schema])
     assert (s.calls, s.succeeded, s.problem) == (2, 1, "2 + 2?")
     assert s.columns == {"problem_id": "s/1", "try": 3, "tool_calls": 2, "tool_success": 1}

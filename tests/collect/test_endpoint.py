@@ -157,6 +157,27 @@ def test_calls_are_read_from_the_protocol_or_from_the_text():
 @pytest.mark.parametrize(
     "text",
     [
+        '<tool_call>{"name": "f", "arguments": {"code": "1"}}</tool_call>',
+        "<tool_call>\n<function=f>\n<parameter=code>\n1\n</parameter>\n</function>\n</tool_call>",
+        '<|python_tag|>{"name": "f", "parameters": {"code": "1"}}',
+        '[f(code="1")]',
+    ],
+)
+def test_calls_in_the_text_are_read_in_the_format_of_any_family(text):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert read_reply(completion(text), tools).calls == [ToolCall("f", {"code": "1"})]
+
+
+def test_an_answer_that_looks_like_a_call_stays_an_answer():
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for text in ('{"name": "Ada", "parameters": {}}', "[g(x=1)]"):
+        reply = read_reply(completion(text), tools)
+        assert (reply.content, reply.calls) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
         "null",
         "[]",

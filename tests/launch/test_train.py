@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.disks import small_disk  # noqa: F401 - a fixture
 from tests.launch.runs import lines, run, start, timeless
 
 
@@ -192,6 +193,30 @@ def test_sigterm_saves_and_exits_0(finished, tmp_path):
     assert process.wait(120) == 0
     done = run("train", directory, **{"checkpoint.every": 1000})
     assert done.returncode == 0 and "resumed: rl step" in done.stdout
+    assert timeless(directory) == timeless(finished[0])
+
+
+FULL = "No space left on device; free some space, then run the same command again\n"
+
+
+def test_a_full_disk_is_one_line(small_disk):  # noqa: F811
+    done = run("train", small_disk(64) / "run")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(FULL)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kib", [400, 1000])
+def test_a_run_continues_once_its_full_disk_has_space(finished, small_disk, kib):  # noqa: F811
+    """The first checkpoint does not fit, or a later one."""
+    directory = small_disk(kib) / "run"
+    done = run("train", directory)
+    errors = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("W")]
+    assert done.returncode == 2 and len(errors) == 1 and errors[0].endswith(FULL), done.stderr[:3000]
+    small_disk(16 * 1024)
+    done = run("train", directory)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert timeless(directory) == timeless(finished[0])
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from open_agentrl_jax.config import Config
+from open_agentrl_jax.data import rows
 from open_agentrl_jax.run import directory as directories
 from open_agentrl_jax.run.directory import claim_data, claim_directory, lock_directory, undone_if_refused
 from open_agentrl_jax.types import UserError
@@ -108,10 +109,28 @@ def test_training_files_replaced_between_two_starts_are_refused(tmp_path):
     (directory / "metrics.jsonl").write_text("{}\n")
     claim_data(directory, config)
     (tmp_path / "b.jsonl").write_text("other")
-    with pytest.raises(UserError, match=r"data\.train=.*b\.jsonl: the file is not the one that the run"):
+    with pytest.raises(UserError, match=r"data\.train=.*b\.jsonl: its content is not what the run"):
         claim_data(directory, config)
     config.rl.steps = 0  # a phase that reads nothing
     claim_data(directory, config)
+
+
+@pytest.mark.parametrize("data", ["FOLDER", "gsm8k=FOLDER/a.jsonl:2", "openai/gsm8k:*.jsonl"])
+def test_other_data_behind_the_same_name_is_refused(tmp_path, monkeypatch, data):
+    """A folder, a named set and a Hub data set."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("a")
+    monkeypatch.setattr(rows, "_download", lambda name, pattern: folder)
+    config = Config(run_dir=str(tmp_path / "run"))
+    config.data.train, config.rl.steps = data.replace("FOLDER", str(folder)), 1
+    directory = claim_directory(config)
+    claim_data(directory, config)
+    (directory / "metrics.jsonl").write_text("{}\n")
+    claim_data(directory, config)
+    (folder / "a.jsonl").write_text("other")
+    with pytest.raises(UserError, match="its content is not what the run"):
+        claim_data(directory, config)
 
 
 def test_a_read_that_fails_once_is_repeated(tmp_path, monkeypatch):
