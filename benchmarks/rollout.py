@@ -1,6 +1,6 @@
 """Rollouts from SGLang against the server's own speed: both sides in one run, medians.
 
-    python -m launch.benchmark rollout --parts throughput refit
+    python -m launch.benchmark rollout
     python -m launch.benchmark rollout --parts overlap --model runs/quickstart_sglang/export
 
 throughput: tokens a second of the whole path (scheduler, episodes, template, Python tool in its sandbox, grader, pool)
@@ -8,8 +8,6 @@ against a bare load generator that sends the same server the same prompts for th
 turn, with as many episodes at once. The model is random, so what it samples is given its end here: a tool call after
 every turn but the last, an answer after that; the load generator sends those tokens too. Client CPU is this process's
 alone: both clients decode the same JSON.
-refit: seconds from parameters to servers that have proven the new weights, against one write and one read of as many
-bytes in the same folder, into a new file (as weights are written) and over an old one (whose pages are there).
 overlap: seconds of an RL step of the quickstart on two servers, asynchronous (max_staleness 1) over synchronous.
 """
 
@@ -34,7 +32,6 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.refit import REFIT, refit, show
 from configs import quickstart
 from launch.command import Parser
 from open_agentrl_jax.agent import episode
@@ -226,9 +223,13 @@ def overlap(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
     return {**medians, "asynchronous / synchronous": after / before}
 
 
+def show(name: str, row: dict[str, Any]) -> None:
+    """One line of the table."""
+    print(f"{name:12}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, pathlib.Path], dict[str, Any]]] = {
     "throughput": throughput,
-    "refit": refit,
     "overlap": overlap,
 }
 
@@ -236,7 +237,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, pathlib.Path], dict[str, Any]]] =
 def main(arguments: list[str]) -> None:
     """The command."""
     parser = Parser(prog="launch.benchmark rollout", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["throughput", "refit"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["throughput"])
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=128)
@@ -244,14 +245,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--concurrency", type=int, default=64, help="episodes at once")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="mean length of a turn")
-    parser.add_argument("--dtype", default="float32", help="refit: of the server; GPUs take bfloat16")
-    parser.add_argument("--params", nargs="+", choices=REFIT, default=["0.19"], help="refit: billions of parameters")
-    parser.add_argument(
-        "--fsync", action="store_true", help="refit: files and copies are on the disk before they are read"
-    )
     parser.add_argument("--steps", type=int, default=8, help="overlap: RL steps of each run")
     parser.add_argument("--model", default="", help="overlap: a folder that the quickstart exported")
-    parser.add_argument("--dir", nargs="+", default=["/dev/shm"], help="where weights are written; refit: in each")
+    parser.add_argument("--dir", default="/dev/shm", help="where weights are written")
     parser.add_argument("--out", default="", help="file for the medians, as JSON")
     options = parser.parse_args(arguments)
     if "overlap" in options.parts and not options.model:
@@ -259,7 +255,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result = {}
     for part in options.parts:
-        with tempfile.TemporaryDirectory(dir=options.dir[0]) as folder:
+        with tempfile.TemporaryDirectory(dir=options.dir) as folder:
             result[part] = PARTS[part](options, pathlib.Path(folder))
     text = json.dumps({"command": ["rollout", *arguments], "cores": len(os.sched_getaffinity(0)), **result}, indent=1)
     print(text)

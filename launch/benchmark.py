@@ -11,7 +11,8 @@ from launch.command import refuse
 BENCHMARKS = {
     "train": "benchmarks.train",  # one update here, in torch + transformers, and in Tunix, on the same sequences
     "sandbox": "benchmarks.sandbox",  # calls per second, latency and CPU time of the Python tool
-    "rollout": "benchmarks.rollout",  # the path around SGLang servers relative to their own speed; refit; overlap
+    "rollout": "benchmarks.rollout",  # the path around SGLang servers relative to their own speed; overlap
+    "refit": "benchmarks.refit",  # new weights into a running SGLang server, relative to a copy of the same bytes
     "decode": "benchmarks.decode",  # the embedded engine relative to the machine's bandwidth and matmul rate
     "memory": "benchmarks.memory",  # the chunked head relative to all logits at once
     "gpu": "benchmarks.gpu",  # attention, matrix products, one update and decoding on an NVIDIA GPU

@@ -239,6 +239,12 @@ class Rollout:
     weights_dir: str = setting(
         "", "sglang: a directory that all servers can read; empty: <run_dir>/weights", path=True, resumable=True
     )
+    refit: str = setting(
+        "auto",
+        "sglang: how servers get new weights (docs/sglang.md)",
+        choices=("auto", "files", "tensors", "distributed"),
+        resumable=True,
+    )
     deadline: float = setting(600.0, "sglang: per request", above=0, resumable=True)
     startup_seconds: float = setting(
         30.0, "sglang: how long to wait at start while no server answers", above=0, resumable=True

@@ -24,6 +24,7 @@ import aiohttp
 import numpy as np
 
 from open_agentrl_jax.rollout.engine import EngineError
+from open_agentrl_jax.rollout.refit import Refit
 from open_agentrl_jax.rollout.remote import (
     DOWN,
     PAUSED,
@@ -61,12 +62,14 @@ class Fleet:
         interval: float,
         stall_seconds: float,
         api_key: str,
+        refit: Refit,
     ):
         """Sends nothing yet; the arguments are those of `SGLangPool`."""
         self._urls, self._replay, self.probe, self._tolerance = list(urls), replay, list(probe), tolerance
         self._deadline, self._outage, self._load_seconds = deadline, outage, load_seconds
         self._startup, self._api_key = startup_seconds, api_key
         self._straggler, self._interval, self._stall = straggler_seconds, interval, stall_seconds
+        self._refit = refit
         self.servers: list[Server] = []
         self.version: int | None = None  # None: the weights that the servers were started with
         self.path = ""
@@ -98,6 +101,7 @@ class Fleet:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._refit.close()
         if self.servers:
             await self._http.close()
         self.servers = []
@@ -257,10 +261,12 @@ class Fleet:
         if version is None:
             await server.resume()
             return
-        server.epoch += 1
-        began, start = time.monotonic(), len(self.probe) // 2
+        start = len(self.probe) // 2
         probe = self.probe if expected is not None else ()
-        scored, proof_seconds = await server.load(self.path, str(version), self._load_seconds, probe, start)
+        replace = await self._refit.prepare(server, self.path, version, self._load_seconds)
+        server.epoch += 1
+        began = time.monotonic()
+        scored, proof_seconds = await server.load(replace, probe, start)
         self.gauges["server_load_seconds"] = time.monotonic() - began - proof_seconds
         tag = await server.weights()
         if tag != str(version):
@@ -280,7 +286,7 @@ class Fleet:
         server.version = version
 
     def _down(self, server: Server, reason: str) -> None:
-        server.state, server.reason = DOWN, reason
+        server.state, server.reason, server.group = DOWN, reason, ""
         self.counts["servers_lost"] += server.joined
         log.warning("%r; %d requests move to other servers", server, len(server.requests))
         self._set_clocks(server, 0)

@@ -25,7 +25,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -63,9 +63,10 @@ class Dialect:
     scoring_tokens: int = 0  # that a request must generate when only its prompt is scored
     renormalises: bool = True  # returns log-probs of the truncated distribution on request
     scores_while_paused: bool = False
+    takes_tensors: bool = False  # has endpoints that replace weights without files
 
 
-SGLANG = Dialect("sglang")
+SGLANG = Dialect("sglang", takes_tensors=True)
 SGLANG_JAX = Dialect("sglang-jax", spare_tokens=1, scoring_tokens=1, renormalises=False, scores_while_paused=True)
 
 
@@ -107,6 +108,7 @@ class Server:
         self.joined = self.streams = False
         self.dialect = SGLANG
         self.context_length = 0  # tokens that a request may use; 0 if unknown
+        self.ranks, self.group = 1, ""  # tensor parallel processes; their process group with the trainer's sender
         self.lock, self.look = asyncio.Lock(), asyncio.Event()
 
     def __repr__(self) -> str:
@@ -147,7 +149,7 @@ class Server:
 
         The first `start` ids may come from the server's cache, so that a cache of other weights shows.
         """
-        answer = await self._post(
+        answer = await self.post(
             "generate",
             30,
             input_ids=[int(i) for i in ids],
@@ -167,14 +169,12 @@ class Server:
         return values
 
     async def load(
-        self, path: str, version: str, seconds: float, probe: Sequence[int] = (), start: int = 0
+        self, replace: Callable[[], Awaitable[None]], probe: Sequence[int] = (), start: int = 0
     ) -> tuple[np.ndarray, float]:
-        """Pauses, loads, flushes the cache and continues. Running requests recompute their prefix afterwards.
+        """Pauses, replaces the weights and continues. Running requests recompute their prefix afterwards.
 
         Args:
-            path: a Hugging Face folder that the server can read.
-            version: the name of its weights.
-            seconds: time for the load.
+            replace: replaces the weights and flushes the cache, see `rollout.refit`.
             probe: ids to score under the new weights, see `score`; empty: none.
             start: see `score`.
 
@@ -183,17 +183,13 @@ class Server:
 
         Raises:
             ServerError: it failed; which weights the server has is unknown.
-            Refused: the server cannot load `path` and keeps the old weights.
+            Refused: the server rejects the weights.
         """
         early, late = (probe, ()) if self.dialect.scores_while_paused else ((), probe)
         scored, proof = np.zeros(0, np.float32), 0.0
         await self._control("pause_generation", mode="retract")
         try:
-            answer = await self._post(
-                "update_weights_from_disk", seconds, model_path=path, weight_version=version, flush_cache=True
-            )
-            if isinstance(answer, dict) and answer.get("success") is False:
-                raise Refused(f"update_weights_from_disk: {answer.get('message')}")
+            await replace()
             began = time.monotonic()
             if early:
                 scored = await self.score(early, start)
@@ -246,13 +242,20 @@ class Server:
         limit = min((n for n in (_count(info.get("context_length")), pool) if n), default=0)
         self.context_length = max(limit - self.dialect.spare_tokens, 0)
         self.streams = info.get("incremental_streaming_output") is True
+        self.ranks = _count(info.get("tp_size")) or 1
         self.joined = True
 
     @_persistent
     async def _control(self, name: str, **body: Any) -> None:
-        await self._post(name, self._patience, **body)
+        await self.post(name, self._patience, **body)
 
-    async def _post(self, name: str, seconds: float, **body: Any) -> Any:
+    async def post(self, name: str, seconds: float, **body: Any) -> Any:
+        """Sends one request and returns its answer: an object if it is JSON, else the text.
+
+        Raises:
+            ServerError: no answer in time, or an error of the server.
+            Refused: the server rejects the request.
+        """
         async with self._call("POST", name, seconds, json=body) as response:
             text = await response.text()
             if response.status != 200:

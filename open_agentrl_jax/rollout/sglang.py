@@ -26,6 +26,7 @@ import numpy as np
 from open_agentrl_jax.rollout.address import base_url
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.fleet import Fleet
+from open_agentrl_jax.rollout.refit import Refit
 from open_agentrl_jax.rollout.remote import DOWN, READY, STREAM_INTERVAL, UPDATING, Piece, Refused, Server, ServerError
 from open_agentrl_jax.types import Completion, Sampling, UserError
 
@@ -68,6 +69,7 @@ class SGLangPool:
         interval: float = 2.0,
         stall_seconds: float = 30.0,
         api_key: str = "",
+        refit: Refit | None = None,
     ):
         """Sends nothing yet.
 
@@ -88,6 +90,7 @@ class SGLangPool:
             interval: seconds between two checks of a server; it is down after two timeouts of five intervals each.
             stall_seconds: without a token from a busy server, after which it must prove that it generates.
             api_key: sent as a bearer token; empty: none.
+            refit: how weights reach the servers; None: they read files.
 
         Raises:
             UserError: no URL, a malformed one, or one that appears twice.
@@ -97,6 +100,7 @@ class SGLangPool:
             raise UserError(f"rollout.servers: {list(urls)}: give at least one URL, and each once")
         self.vocab_size, self._context_length, self._deadline = vocab_size, context_length, deadline
         self.probe = list(probe) or np.random.default_rng(0).integers(0, vocab_size, PROBE_LENGTH).tolist()
+        self._refit = refit or Refit()
         self.fleet = Fleet(
             bases,
             replay=replay,
@@ -110,6 +114,7 @@ class SGLangPool:
             interval=interval,
             stall_seconds=stall_seconds,
             api_key=api_key,
+            refit=self._refit,
         )
         self._counts = self.fleet.counts
         self._homes: dict[str, Server] = {}
@@ -146,6 +151,7 @@ class SGLangPool:
         """Counts since the start and current gauges, named `rollout/...`."""
         states = collections.Counter(f"servers_{server.state}" for server in self.fleet.servers)
         values = {"servers_ready": 0, **self._counts, **self.fleet.gauges, **states}
+        values["refit_fallbacks"] = self._refit.fallbacks
         return {f"rollout/{name}": float(value) for name, value in values.items()}
 
     async def open(self) -> None:

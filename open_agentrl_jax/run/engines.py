@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,10 @@ from open_agentrl_jax.run.policy import Policy
 from open_agentrl_jax.types import UserError
 
 if TYPE_CHECKING:
+    from open_agentrl_jax.rollout.refit import MemoryFolder, Refit
     from open_agentrl_jax.rollout.sglang import SGLangPool
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -198,46 +203,80 @@ def open_pool(config: Config, urls: Sequence[str], loop: EventLoop, *, vocab_siz
     return pool
 
 
+def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path, MemoryFolder | None]:
+    """How weights travel, and the folder where they are published; also as a MemoryFolder if it is in memory.
+
+    Raises:
+        UserError: `rollout.refit` needs a sender, and no environment with torch is installed.
+    """
+    from open_agentrl_jax.rollout import refit
+
+    rollout = config.rollout
+    try:
+        python = servers.interpreter("sglang")
+    except UserError:
+        if rollout.refit in ("tensors", "distributed"):
+            raise
+        python = None
+    size = 2 * sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+    room = refit.MemoryFolder.has_room(size)
+    way, reason = refit.choose(
+        rollout.refit,
+        rollout.servers,
+        kind=rollout.server_kind,
+        weights_dir=rollout.weights_dir,
+        sender=python is not None,
+        room=room,
+    )
+    sender = None if way == refit.FILES or python is None else refit.Sender(python, seconds=600)
+    # A server that somebody else started may see another /dev/shm than this process.
+    in_memory = room and not rollout.weights_dir and (sender is not None or not rollout.servers)
+    folder = refit.MemoryFolder() if in_memory else None
+    root = folder.path if folder else Path(rollout.weights_dir or directory / "weights")
+    log.warning("rollout.refit: %s (%s); versions are published in %s", way, reason, root)
+    return refit.Refit(way, sender, shared=not in_memory), root, folder
+
+
 def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
     from open_agentrl_jax.train.publish import publish_weights, start_replay
 
     rollout = config.rollout
-    root = Path(rollout.weights_dir or directory / "weights")
+    refit, root, memory = _refit(config, policy, directory) if processes.first() else (None, directory, None)
+    shared = processes.share(memory is None)
+    root = processes.share(root) if shared else root
     proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
-    def write(params: Any, version: int, probe: Sequence[int]) -> str:
-        path = publish_weights(params, policy.config, root, version, tokenizer_from=policy.tokenizer_path)
-        proof["logprobs"] = start_replay(params, policy.config, probe)  # on all processes, while servers load
-        return str(path)
+    def write(params: Any, version: int) -> str:
+        source = policy.tokenizer_path
+        return str(publish_weights(params, policy.config, root, version, tokenizer_from=source, shared=shared))
 
-    weights: str | Path = ""
-    if rollout.launch_servers:
-        weights = publish_weights(policy.params, policy.config, root, 0, tokenizer_from=policy.tokenizer_path)
-    if not processes.first():
-        probe = processes.share([0])
-        return _follower(lambda params, version: write(params, version, probe))
-    launched, urls = launch_servers(config, weights, directory / "servers")
-    try:
-        pool = open_pool(
-            config, urls, loop, vocab_size=policy.config.vocab_size, replay=lambda ids: proof["logprobs"]()
-        )
-    except BaseException:
+    def follow(params: Any, version: int, probe: Sequence[int]) -> str:
+        path = write(params, version)
+        proof["logprobs"] = start_replay(params, policy.config, probe)  # on all processes, while servers load
+        return path
+
+    with contextlib.ExitStack() as opened:
+        if memory is not None:
+            opened.callback(memory.close)
+        weights = write(policy.params, 0) if rollout.launch_servers else ""
+        if not processes.first():
+            probe = processes.share([0])
+            return _follower(lambda params, version: follow(params, version, probe))
+        launched, urls = launch_servers(config, weights, directory / "servers")
         if launched is not None:
-            launched.close()
-        raise
-    processes.share(pool.probe)
+            opened.callback(launched.close)
+        vocabulary = policy.config.vocab_size
+        pool = open_pool(config, urls, loop, vocab_size=vocabulary, replay=lambda ids: proof["logprobs"](), refit=refit)
+        opened.callback(lambda: loop.run(pool.close()))
+        processes.share(pool.probe)
+        close = opened.pop_all().close
 
     def publish(params: Any, version: int) -> None:
-        path = write(params, version, pool.probe)
+        path = follow(params, version, pool.probe)
         try:
             loop.run(pool.update_weights(path, version))
         except EngineError as error:  # no episode can be played without weights; the run can be continued later
             raise UserError(f"rollout.servers: none has the weights of step {version}: {error}") from error
-
-    def close() -> None:
-        loop.run(pool.close())
-        if launched is not None:
-            launched.close()
 
     return Generation(
         engine=pool,

@@ -71,6 +71,7 @@ def publish_weights(
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
     keep: int = 2,
+    shared: bool = True,
 ) -> pathlib.Path:
     """Writes the parameters as bfloat16 to `version_path(root, version)`. With several processes all must call it.
 
@@ -81,6 +82,7 @@ def publish_weights(
         version: an existing version of this number is replaced.
         tokenizer_from: a folder whose tokenizer and generation_config.json are copied.
         keep: number of versions to keep, including this one.
+        shared: all processes see `root` and write their share; otherwise the first process writes everything.
 
     Returns:
         The folder.
@@ -90,6 +92,7 @@ def publish_weights(
     """
     target = version_path(root, version)
     me, count = _process()
+    writers = count if shared else 1
     files = _plan(params)
     with _reported(target):
         if me == 0:
@@ -97,13 +100,14 @@ def publish_weights(
             spare.reuse(target, files.keys())
             source = None if tokenizer_from is None else hf.resolve(tokenizer_from, weights=False)
             export.write_configs(target, model_config, _DTYPE, list(files.values()), tokenizer_from=source)
-    with _reported(target), ThreadPoolExecutor(_WRITERS) as writers:
+    with _reported(target), ThreadPoolExecutor(_WRITERS) as threads:
         failures: list[OSError] = []
         for number, (name, tensors) in enumerate(files.items()):
-            arrays = _gathered(params, tensors, to_host=number % count == me)
+            mine = number % writers == me
+            arrays = _gathered(params, tensors, to_host=mine)
             try:
-                if number % count == me and not failures:
-                    _write(target / name, tensors, arrays, writers)
+                if mine and not failures:
+                    _write(target / name, tensors, arrays, threads)
             except OSError as error:
                 failures.append(error)
             for _ in arrays:

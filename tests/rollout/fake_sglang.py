@@ -42,6 +42,7 @@ class FakeSGLang:
         self.info = {"context_length": 4096, "incremental_streaming_output": True}
         self.raw: dict[str, str] = {}
         self.nonsense: list = []
+        self.received: list[str] = []  # buckets of a process group, by the name of their first tensor
         self.seen: list[dict] = []
 
     async def __aenter__(self):
@@ -77,6 +78,11 @@ class FakeSGLang:
             self.aborted.add(body["rid"])
         elif name == "update_weights_from_disk":
             self.version, self.weights = body["weight_version"], int(body["model_path"])
+        elif name == "update_weight_version":
+            self.version = body["new_version"]
+        elif name == "update_weights_from_distributed":
+            self.version, self.received = body["weight_version"], [*self.received, body["names"][0]]
+            self.weights = int(body["names"][0]) if self.version.isdecimal() else -1
         answers = {"model_info": {"weight_version": self.version}, "server_info": self.info}
         return web.json_response(answers.get(name, {"success": True}))
 

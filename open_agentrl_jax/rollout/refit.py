@@ -1,0 +1,412 @@
+"""How new weights reach a server: from files, from shared memory, or by a broadcast in a process group.
+
+The trainer writes every version as a Hugging Face folder (train/publish.py). `files`: the server reads that folder, on
+a file system that both see. `tensors`: a server on this machine maps the tensors from shared memory. `distributed`:
+one process group per server, so that a slow or dead server cannot hold the others; the folder stays in this machine's
+memory. The last two need rollout/sender.py, a process with torch, and fall back to files where the server can read
+them.
+
+While weights change in place, the server reports the version "loading", which no pool accepts: whatever happens to the
+transfer, no token is taken from mixed weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import urllib.parse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from open_agentrl_jax.rollout.address import is_loopback
+from open_agentrl_jax.rollout.remote import Refused, Server, ServerError, Silent
+
+FILES, TENSORS, DISTRIBUTED = "files", "tensors", "distributed"
+LOADING = "loading"  # version string of weights that are being replaced
+JOIN_SECONDS = 60.0  # for a server to join a process group
+MISFIRES = 2  # consecutive failed transfers after which a server takes files only
+
+log = logging.getLogger(__name__)
+Replace = Callable[[], Awaitable[None]]
+
+
+def choose(
+    wanted: str, urls: Sequence[str], *, kind: str, weights_dir: str, sender: bool, room: bool = True
+) -> tuple[str, str]:
+    """The way for `rollout.refit`, and the reason.
+
+    Args:
+        wanted: `rollout.refit`.
+        urls: of running servers; those that the run starts are on this machine.
+        kind: of the servers that the run starts; running servers are recognised when they answer.
+        weights_dir: `rollout.weights_dir`.
+        sender: whether an environment with torch is installed.
+        room: whether memory (/dev/shm) can hold the weights.
+    """
+    remote = [url for url in urls if not on_this_machine(url)]
+    if wanted != "auto":
+        return wanted, "rollout.refit"
+    if weights_dir:
+        return FILES, "rollout.weights_dir names a folder that the servers read"
+    if not remote:
+        return FILES, "all servers are on this machine"
+    if kind == "sglang_jax":
+        return FILES, "sglang-jax servers read files only"
+    if not sender:
+        return FILES, "no environment with torch for the sender (SGLANG_ENV)"
+    if not room:
+        return FILES, "/dev/shm is too small for the weights"
+    return DISTRIBUTED, f"{remote[0]} is on another machine and rollout.weights_dir is not set"
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether the host of `url` is this machine."""
+    return is_loopback(urllib.parse.urlsplit(url).hostname or "")
+
+
+class MemoryFolder:
+    """A folder in this machine's memory that disappears with this process, however it ends."""
+
+    def __init__(self, parent: str = "/dev/shm"):
+        """Creates the folder; a shell that waits on a pipe from this process removes it."""
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="open-agentrl-", dir=parent))
+        script = 'trap "" TERM INT HUP; read -r _; rm -rf "$1"'
+        self._guard = subprocess.Popen(
+            ["sh", "-c", script, "memory-folder", str(self.path)], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    @staticmethod
+    def has_room(size: int, parent: str = "/dev/shm") -> bool:
+        """Whether three versions of `size` bytes fit into half of the free memory there."""
+        try:
+            return shutil.disk_usage(parent).free / 2 > 3 * size
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Removes the folder."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+
+
+class SenderFailed(ServerError):
+    """The sender is dead, or could not do what was requested."""
+
+
+class Sender:
+    """The process of rollout/sender.py; it is started when it is first used, and again after it died."""
+
+    def __init__(self, python: str | os.PathLike[str], seconds: float):
+        """Starts nothing yet.
+
+        Args:
+            python: an interpreter that has torch.
+            seconds: time limit of one transfer.
+        """
+        self._command = [str(python), str(pathlib.Path(__file__).with_name("sender.py")), str(seconds)]
+        self._seconds = seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers, self._starting = itertools.count(), asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
+        self.lives = 0  # number of starts: groups of an earlier process are gone
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process."""
+        return None if self._process is None else self._process.pid
+
+    async def call(self, op: str, seconds: float | None = None, **fields: Any) -> dict[str, Any]:
+        """Runs one operation of rollout/sender.py.
+
+        Raises:
+            SenderFailed: the operation failed, took too long (the sender is killed), or the sender died.
+        """
+        await self._start()
+        assert self._process is not None and self._process.stdin is not None
+        number = next(self._numbers)
+        self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._process.stdin.write(json.dumps({"id": number, "op": op, **fields}).encode() + b"\n")
+            async with asyncio.timeout(seconds or self._seconds):
+                await self._process.stdin.drain()
+                reply = await self._waiting[number]
+        except TimeoutError:
+            self.kill()
+            raise SenderFailed(f"the sender did not finish {op!r} in time") from None
+        except OSError as error:
+            raise SenderFailed(f"the sender died: {error}") from None
+        finally:
+            self._waiting.pop(number, None)
+        if "error" in reply:
+            raise SenderFailed(f"the sender cannot {op}: {reply['error']}")
+        return reply
+
+    def kill(self) -> None:
+        """Ends the process, which breaks its connections: no server waits for it any longer."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self) -> None:
+        """Ends the process."""
+        self.kill()
+        if self._reader is not None:
+            await self._reader
+
+    async def _start(self) -> None:
+        async with self._starting:
+            if self._reader is not None and not self._reader.done():
+                return
+            environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    env=environment,
+                    limit=2**24,
+                )
+            except OSError as error:
+                raise SenderFailed(f"the sender does not start: {error}") from None
+            self.lives += 1
+            self._reader = asyncio.ensure_future(self._read(self._process))
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            reply = json.loads(line)
+            if (future := self._waiting.get(reply.pop("id"))) is not None and not future.done():
+                future.set_result(reply)
+        status = await process.wait()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(SenderFailed(f"the sender died with exit status {status}"))
+
+
+class Refit:
+    """Replaces the weights of servers, each in the way that suits it."""
+
+    def __init__(self, way: str = FILES, sender: Sender | None = None, *, shared: bool = True):
+        """Starts nothing yet.
+
+        Args:
+            way: "files", "tensors" or "distributed".
+            sender: for the last two.
+            shared: whether servers on other machines can read the folder of a version.
+        """
+        self.preferred, self._sender, self._shared = way, sender, shared
+        self._numbers = itertools.count()
+        self._groups: dict[Server, tuple[str, int]] = {}  # name, and the sender's life that it belongs to
+        self._misfires: dict[Server, int] = {}
+        self._forming, self._formed, self._unformed = asyncio.Lock(), False, ""
+        self.fallbacks = 0  # transfers that files replaced
+
+    @property
+    def sender_pid(self) -> int | None:
+        """Process id of the running sender."""
+        return None if self._sender is None else self._sender.pid
+
+    def way(self, server: Server) -> str:
+        """The way that is tried first for this server."""
+        if self._sender is None or not server.dialect.takes_tensors or self._misfires.get(server, 0) >= MISFIRES:
+            return FILES
+        local = on_this_machine(server.url)
+        return FILES if self.preferred == TENSORS and not local else self.preferred
+
+    async def prepare(self, server: Server, path: str, version: int, seconds: float) -> Replace:
+        """Does what needs no pause; the returned function replaces the weights of the paused server."""
+        way = self.way(server)
+        files = _from_files(server, path, version, seconds)
+        if way == FILES:
+            return files
+        readable = self._shared or on_this_machine(server.url)
+        try:
+            replace = await {TENSORS: self._tensors, DISTRIBUTED: self._distributed}[way](
+                server, path, version, seconds
+            )
+        except (ServerError, Refused) as error:
+            await self._failed(server, way, error, readable)
+            return files
+
+        async def attempt() -> None:
+            try:
+                await server.post("update_weight_version", 30, new_version=LOADING, abort_all_requests=False)
+                await replace()
+                self._misfires.pop(server, None)
+            except (ServerError, Refused) as error:
+                await self._failed(server, way, error, readable)
+                await files()
+
+        return attempt
+
+    async def close(self) -> None:
+        """Ends the sender."""
+        if self._sender is not None:
+            await self._sender.close()
+
+    async def _failed(self, server: Server, way: str, error: Exception, readable: bool) -> None:
+        """Counts and logs a failed transfer; raises if files cannot replace it."""
+        self._misfires[server] = self._misfires.get(server, 0) + 1
+        await self._leave(server)
+        if isinstance(error, Silent):
+            raise error
+        if not readable:
+            again = self._misfires[server] < MISFIRES
+            self._misfires[server] %= MISFIRES
+            raise (ServerError if again else Refused)(f"{way}: {error}") from None
+        self.fallbacks += 1
+        log.warning("%s: %s failed (%s); it loads files instead", server.url, way, error)
+
+    async def _tensors(self, server: Server, path: str, version: int, seconds: float) -> Replace:
+        """The server maps the tensors in shared memory."""
+        sender = self._sender
+        assert sender is not None
+        buckets = (await sender.call("buckets", path=path))["buckets"]
+        payloads = [(await sender.call("share", path=path, bucket=i))["payload"] for i in range(len(buckets))]
+
+        async def replace() -> None:
+            async with _session(server):
+                for index, payload in enumerate(payloads):
+                    last = index == len(payloads) - 1
+                    await server.post(
+                        "update_weights_from_tensor",
+                        seconds,
+                        serialized_named_tensors=[payload] * server.ranks,
+                        flush_cache=last,
+                        weight_version=str(version) if last else LOADING,
+                    )
+
+        return replace
+
+    async def _distributed(self, server: Server, path: str, version: int, seconds: float) -> Replace:
+        """The sender broadcasts each bucket to the ranks of the server."""
+        sender = self._sender
+        assert sender is not None
+        buckets = (await sender.call("buckets", path=path))["buckets"]
+        group = await self._group(server)
+
+        async def replace() -> None:
+            async with _session(server):
+                for index, bucket in enumerate(buckets):
+                    last = index == len(buckets) - 1
+                    receive = server.post(
+                        "update_weights_from_distributed",
+                        seconds,
+                        names=bucket["names"],
+                        dtypes=bucket["dtypes"],
+                        shapes=bucket["shapes"],
+                        group_name=group,
+                        load_format="flattened_bucket",
+                        flush_cache=last,
+                        weight_version=str(version) if last else LOADING,
+                    )
+                    await _both(receive, sender.call("send", seconds, group=group, path=path, bucket=index))
+
+        return replace
+
+    async def _group(self, server: Server) -> str:
+        """The process group of a server: the one of the last update, or a new one."""
+        sender = self._sender
+        assert sender is not None
+        name, life = self._groups.get(server, ("", -1))
+        if life == sender.lives and server.group == name:
+            return name
+        await self._leave(server)
+        # A server that cannot reach the sender waits for half an hour. Only the first one takes that risk.
+        async with contextlib.nullcontext() if self._formed else self._forming:
+            if self._unformed:
+                raise SenderFailed(self._unformed)
+            try:
+                name = await self._form(server, sender)
+            except Silent as error:
+                self._unformed = "" if self._formed else f"{server.url} did not join a group: {error}"
+                raise
+            self._formed = True
+        self._groups[server], server.group = (name, sender.lives), name
+        return name
+
+    async def _form(self, server: Server, sender: Sender) -> str:
+        host = local_address(server.url)
+        store = await sender.call("listen", host=host)
+        name, world = f"open-agentrl-{os.getpid()}-{next(self._numbers)}", 1 + server.ranks
+        joined = server.post(
+            "init_weights_update_group",
+            JOIN_SECONDS,
+            master_address=host,
+            master_port=store["port"],
+            rank_offset=1,
+            world_size=world,
+            group_name=name,
+            backend=store["backend"],
+        )
+        try:
+            await _both(joined, sender.call("join", JOIN_SECONDS, port=store["port"], group=name, world=world))
+        except ServerError as error:
+            sender.kill()  # it would wait as long as the server, and other groups behind it
+            raise Silent(f"no connection from the server to {host}:{store['port']}? ({error})") from None
+        return name
+
+    async def _leave(self, server: Server) -> None:
+        """Forgets the group of a server on both sides."""
+        name, life = self._groups.pop(server, ("", -1))
+        if self._sender is not None and life == self._sender.lives:
+            with contextlib.suppress(ServerError):
+                await self._sender.call("leave", 30, group=name)
+        if name and server.group == name:
+            with contextlib.suppress(ServerError, Refused):
+                await server.post("destroy_weights_update_group", 10, group_name=name)
+        server.group = ""
+
+
+def local_address(url: str) -> str:
+    """The address of this machine on the way to the host of `url`."""
+    parts = urllib.parse.urlsplit(url)
+    found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+    with socket.socket(found[0][0], socket.SOCK_DGRAM) as one:
+        one.connect(found[0][4])  # sends nothing
+        return one.getsockname()[0]
+
+
+def _from_files(server: Server, path: str, version: int, seconds: float) -> Replace:
+    async def replace() -> None:
+        answer = await server.post(
+            "update_weights_from_disk", seconds, model_path=path, weight_version=str(version), flush_cache=True
+        )
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise Refused(f"update_weights_from_disk: {answer.get('message')}")
+
+    return replace
+
+
+@contextlib.asynccontextmanager
+async def _session(server: Server):
+    """SGLang changes weights in place only within a session; a broken one is closed before the next begins."""
+    try:
+        await server.post("begin_weight_update", 60)
+    except Refused:
+        await server.post("end_weight_update", 60)
+        await server.post("begin_weight_update", 60)
+    yield
+    await server.post("end_weight_update", 60)
+
+
+async def _both(receive: Awaitable[Any], send: Awaitable[Any]) -> None:
+    """Waits for both sides of a transfer; where one fails, the other cannot succeed."""
+    tasks = [asyncio.ensure_future(receive), asyncio.ensure_future(send)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
