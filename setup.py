@@ -45,6 +45,7 @@ EXTRAS = {
     "test": [
         "gguf>=0.17,<0.20",
         "accelerate>=1,<2",  # transformers needs it to read GGUF files, which the test of ours compares with
+        "peft>=0.17,<0.22",  # loads the adapters that we export
         "torch>=2.6,<=2.13.0",
         *SERVERS,
         "mcp>=2,<3",

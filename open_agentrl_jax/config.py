@@ -36,6 +36,18 @@ class NewModel:
 
 
 @dataclasses.dataclass
+class LoRA:
+    """Low-rank adapters; with them all other weights are frozen in the compute dtype (docs/models.md)."""
+
+    rank: int = setting(0, "0: off, all weights are trained")
+    alpha: float = setting(32.0, "adapters are scaled by alpha / rank", above=0)
+    targets: tuple = setting((), 'module names, as in ("q_proj", "v_proj"); empty: every matrix of the layers')
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank)")
+    base: str = setting("same", "int8: hold the frozen matrices of the layers in 8 bits", choices=("same", "int8"))
+    adapter: str = setting("", "a PEFT folder to continue from; empty: new adapters", path=True)
+
+
+@dataclasses.dataclass
 class Model:
     """The policy."""
 
@@ -54,6 +66,7 @@ class Model:
     remat: str = setting("none", "a rematerialisation policy of models.qwen")
     attention: str = setting("auto", "a backend of models.attention; auto: by platform, shape and dtype")
     new: NewModel = section(NewModel)
+    lora: LoRA = section(LoRA)
 
 
 @dataclasses.dataclass
@@ -230,8 +243,9 @@ class Rollout:
     decode_chunk: int = setting(16, "local: tokens decoded per dispatch", at_least=1)
     weights: str = setting(
         "same",
-        "local; int8: 8-bit weights, which sample from another policy (docs/scaling.md)",
-        choices=("same", "int8"),
+        "local; int8: 8-bit weights, which sample from another policy (docs/scaling.md); merged: with LoRA, a copy of "
+        "the weights with the adapters added",
+        choices=("same", "int8", "merged"),
     )
     concurrency: int = setting(0, "concurrent episodes; 0: `slots` (local), 256 per server (sglang)", resumable=True)
     servers: tuple = setting((), "sglang: base URLs", resumable=True)
@@ -402,6 +416,15 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
         and (rl.loss.old_logprobs != "trainer" or rl.loss.importance_level == "off"),
         "rollout.weights=int8 samples from another policy than the trainer's; set rl.loss.old_logprobs=trainer and "
         "rl.loss.importance_level=token (or sequence), or rollout.weights=same",
+    )
+    lora = config.model.lora
+    yield (
+        rollout.weights == "merged" and not lora.rank,
+        "rollout.weights=merged needs adapters; set model.lora.rank, or rollout.weights=same",
+    )
+    yield (
+        not lora.rank and (lora.adapter or lora.base != "same"),
+        "model.lora.rank is 0, which switches adapters off; set it, or reset model.lora.adapter and model.lora.base",
     )
     yield (
         config.reward.overlong_buffer > agent.max_response,

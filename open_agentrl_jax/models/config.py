@@ -20,7 +20,7 @@ ARCHITECTURES = {
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "attention", "offload")
 ATTENTION = ("auto", "plain", "blockwise", "splash", "splash_static", "triton", "cudnn")
-RUN_TIME = ("compute_dtype", "remat", "attention")  # how a model is run; not part of config.json
+RUN_TIME = ("compute_dtype", "remat", "attention", "lora")  # how a model is run; not part of config.json
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Features that are not implemented: field -> the values that disable it.
@@ -34,13 +34,37 @@ _BIAS_OPTIONAL = ("llama", "qwen3")  # attention_bias adds biases to q, k, v and
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen matrices: y = x W + scale (x A) B, with A [in r] and B [r out].
+
+    `targets` are Hugging Face module names ("q_proj"); empty adapts every matrix of a layer. `rslora` divides by the
+    square root of the rank (Kalajdzievski 2023). `int8` holds the frozen matrices of the layers in 8 bits.
+    """
+
+    rank: int
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    int8: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank product."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def adapts(self, module: str) -> bool:
+        """Whether the matrix of the module with this last name has an adapter."""
+        return not self.targets or module in self.targets
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One dense decoder: Qwen2.5, Qwen3, Llama or Mistral. The fields of RUN_TIME select how it runs.
 
     `remat` names what the backward pass recomputes: "none"; "full" (everything but each layer's input); "dots"
     (everything but matrix products); "attention" (everything but the attention output); "offload" (as "full", with the
     inputs in host memory). `attention` is a backend of models/attention.py; "auto" chooses one. `rope_scaling` holds
-    the non-default part of rope_parameters as sorted pairs, see models/rope.py.
+    the non-default part of rope_parameters as sorted pairs, see models/rope.py. `lora` adds adapters to the parameters.
     """
 
     model_type: str
@@ -64,6 +88,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    lora: Lora | None = None
 
     def __post_init__(self):
         _check(self)

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from open_agentrl_jax.models import gguf, hf, qwen
-from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models import gguf, hf, lora, peft, qwen
+from open_agentrl_jax.models.config import Lora, ModelConfig
 from open_agentrl_jax.models.export import copy_tokenizer
 from open_agentrl_jax.models.folders import tokenizer_files
-from open_agentrl_jax.models.params import Params, abstract_params
+from open_agentrl_jax.models.params import Params
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import path_name
 from open_agentrl_jax.types import UserError
@@ -103,23 +103,33 @@ def read_gguf(source: str, mesh: Any, dtype: str, scratch: Path) -> tuple[ModelC
 
 
 def read_orbax(source: str, mesh: Any, dtype: str, scratch: Path) -> tuple[ModelConfig, Params, Path | None]:
-    """As `read_hf`, from a converted folder or one step of a run; optimizer and counters are not read."""
+    """As `read_hf`, from a converted folder or one step of a run; optimizer and counters are not read.
+
+    The adapters of a run that trains only those are merged into its base model.
+    """
     folder = Path(source).absolute()
     found = _metadata(folder)
-    config, tokenizer = _model_of(folder)
-    wanted = abstract_params(config)
+    config, base, tokenizer = _model_of(folder)
+    wanted = lora.abstract(config)[1]
     _check(folder, found["params"], wanted)
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda _: here, wanted)
     else:
         places = qwen.param_shardings(config, mesh)
+        places = places if config.lora is None else lora.split(places)[1]
+    kept = dtype if config.lora is None else "float32"
     abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, found)
-    abstract["params"] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), wanted, places)
+    abstract["params"] = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, kept, sharding=s), wanted, places)
     try:
-        return config, ocp.load(str(folder), abstract)["params"], tokenizer
+        params = ocp.load(str(folder), abstract)["params"]
     except Exception as error:  # a damaged file raises many types
         raise UserError(f"{folder}: cannot be read ({_line(error)}); restore it from a copy") from None
+    if config.lora is not None:
+        config = dataclasses.replace(config, compute_dtype=dtype)
+        frozen = lora.freeze(hf.load_pretrained(base, mesh, dtype)[1], config)
+        params, config = lora.merge(lora.join(frozen, params), config), lora.without(config)
+    return config, params, tokenizer
 
 
 def write_orbax(target: Path, config: ModelConfig, params: Params, tokenizer: Path | None, dtype: str) -> None:
@@ -139,8 +149,8 @@ def write_orbax(target: Path, config: ModelConfig, params: Params, tokenizer: Pa
 def describe_orbax(source: str) -> tuple[ModelConfig, Any]:
     """Config, and parameters as shapes and dtypes; reads no values."""
     folder = Path(source).absolute()
-    tree, (config, _) = _metadata(folder)["params"], _model_of(folder)
-    _check(folder, tree, abstract_params(config))
+    tree, (config, *_) = _metadata(folder)["params"], _model_of(folder)
+    _check(folder, tree, lora.abstract(config)[1])
     return config, tree
 
 
@@ -170,20 +180,30 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _model_of(folder: Path) -> tuple[ModelConfig, Path | None]:
-    """The config of the model in an Orbax folder, and the folder of its tokenizer."""
+def _model_of(folder: Path) -> tuple[ModelConfig, Path, Path]:
+    """The config of the model in an Orbax folder, and the folders of the model it started from and of its tokenizer."""
     if (folder / "config.json").exists():
-        return ModelConfig.from_hf(folder), folder
+        return ModelConfig.from_hf(folder), folder, folder
     run = folder.parent.parent
     try:
         model = json.loads((run / "config.json").read_text())["config"]["model"]
         path, tokenizer = model["path"] or run / "init", model["tokenizer"]
+        adapters = _adapters(model.get("lora", {"rank": 0}))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder}: config.json: missing, and {run} is no run directory; copy the model's config.json into it"
         ) from None
     model_folder = hf.resolve(path)
-    return ModelConfig.from_hf(model_folder), hf.resolve(tokenizer, weights=False) if tokenizer else model_folder
+    tokenizer_folder = hf.resolve(tokenizer, weights=False) if tokenizer else model_folder
+    return ModelConfig.from_hf(model_folder, lora=adapters), model_folder, tokenizer_folder
+
+
+def _adapters(settings: dict[str, Any]) -> Lora | None:
+    """The adapters of a run's config, section model.lora."""
+    if not settings["rank"]:
+        return None
+    targets = peft.read_config(settings["adapter"])[0].targets if settings["adapter"] else tuple(settings["targets"])
+    return Lora(settings["rank"], settings["alpha"], targets, settings["rslora"], settings["base"] == "int8")
 
 
 def _check(folder: Path, found: Any, wanted: Params) -> None:

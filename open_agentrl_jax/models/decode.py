@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.models.int8 import SCALE
 from open_agentrl_jax.models.kv import Cache, by_owner, each_row, turned, write
 from open_agentrl_jax.models.linear import APART, GENERATION, Way, at_rest
+from open_agentrl_jax.models.params import SCALE
 from open_agentrl_jax.models.qwen import Params, run_layers
 from open_agentrl_jax.parallel.mesh import current_mesh
 from open_agentrl_jax.parallel.sharding import P

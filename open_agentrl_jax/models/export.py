@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from open_agentrl_jax.models import lora
 from open_agentrl_jax.models.config import DTYPES, ModelConfig
 from open_agentrl_jax.models.folders import check_target, copy_tokenizer, replacing, resolve
 from open_agentrl_jax.models.params import TABLE, Params, abstract_params
@@ -65,7 +66,7 @@ def save_pretrained(
     Args:
       path: the folder; it may be absent, empty, or an earlier export.
       model_config: the model.
-      params: see models/qwen.py, sharded or not.
+      params: see models/qwen.py, sharded or not; adapters are merged, one matrix at a time.
       dtype: of the file, "float32" or "bfloat16".
       tokenizer_from: folder or Hub id; its tokenizer files and generation_config.json are copied.
       stop_ids: tokens that end a turn; added to eos_token_id in config.json and generation_config.json.
@@ -83,11 +84,11 @@ def save_pretrained(
         source = resolve(tokenizer_from, weights=False)
         if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise UserError(f"{source}: tokenizer.json: missing; give a folder with a tokenizer")
-    shards = plan(abstract_params(model_config), jnp.dtype(dtype).itemsize, max_shard_bytes)
+    shards = plan(abstract_params(lora.without(model_config)), jnp.dtype(dtype).itemsize, max_shard_bytes)
     writer = jax.process_index() == 0
     with replacing(target) if writer else contextlib.nullcontext(target) as folder:
         for number, shard in enumerate(shards):
-            fetched = (gather_to_host(params, tensor, dtype) for tensor in shard)
+            fetched = (gather_to_host(*_merged(params, model_config, tensor), dtype) for tensor in shard)
             arrays = (x.T if TABLE[t.path].transposed else x for t, x in zip(shard, fetched, strict=True))
             if writer:
                 shapes = {tensor.name: tensor.shape for tensor in shard}
@@ -97,6 +98,15 @@ def save_pretrained(
                     pass  # the other processes take part in gathering
         if writer:
             write_configs(folder, model_config, dtype, shards, tokenizer_from=source, stop_ids=stop_ids)
+
+
+def _merged(params: Params, model_config: ModelConfig, tensor: Tensor) -> tuple[Params, Tensor]:
+    """Where the values of a tensor are: in the parameters, or in a matrix of their own if an adapter changes it."""
+    name = tensor.path.removeprefix("layers/")
+    if model_config.lora is None or tensor.layer is None or not lora.is_merged(params, name):
+        return params, tensor
+    matrix = lora.merged_matrix(params, model_config, name, tensor.layer)
+    return {"layers": {name: matrix}}, tensor._replace(layer=None)
 
 
 def plan(params: Params, itemsize: int, max_bytes: int) -> list[list[Tensor]]:

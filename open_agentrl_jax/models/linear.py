@@ -1,11 +1,11 @@
 """The matrix products of a layer, their layouts on a mesh, and a backward pass without transposed copies.
 
-There are three ways to compute layers. In TRAINING rows are split over the devices and come with thousands of
-tokens: parameters travel, gathered layer by layer. In GENERATION there are a few tokens and all weights are read for
-each of them: parameters stay where the trainer has them, every device has all rows, multiplies them with its part and
-the parts of the sums are added up. Without a mesh both compute the same. APART is GENERATION on a CPU without a mesh,
-with parameters as `qwen.apart` makes them, for XLA on a CPU copies each layer's matrices out of a stack before it
-multiplies with them.
+Training and generation compute layers in different ways. In TRAINING rows are split over the devices and hold thousands
+of tokens: parameters travel, gathered layer by layer. FROZEN is TRAINING of adapters beside matrices without gradients.
+In GENERATION there are a few tokens, and each reads all weights: parameters stay where the trainer has them, every
+device has all rows, multiplies them with its part, and the partial sums are added up. Without a mesh all compute the
+same. APART is GENERATION on a CPU without a mesh, with parameters as `qwen.apart` makes them: XLA on a CPU copies each
+layer's matrices out of a stack before it multiplies with them.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ def _scattered(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(b, t, y.shape[-1], out_sharding=sharding.HIDDEN)
 
 
-def _linear(*, widens: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _linear(*, widens: bool, frozen: bool = False) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """x [b t i] times w [i o] -> y [b t o], with its derivative; between products the stream is a part of each row.
 
     The derivative is written out because JAX's own computes that of w as [o i] and turns it over; on a CPU, XLA then
     copies the whole cotangent transposed, element by element, which took more time than all products together (4
-    layers of width 128 on 4,096 tokens, forward and backward: 0.54 s against 0.43 s).
+    layers of width 128 on 4,096 tokens, forward and backward: 0.54 s against 0.43 s). `frozen`: w has no derivative.
     """
     there, back = (_gathered, _scattered) if widens else (_scattered, _gathered)
 
     def forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return there("bti,io->bto", x, w), (x, w)
 
-    def backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         x, w = saved
         dx = back("bto,io->bti", dy, w)
+        if frozen:
+            return dx, None
         x, dy = (_whole(x), dy) if widens else (x, _whole(dy))
         return dx, jnp.einsum("bti,bto->io", x, dy, out_sharding=sharding.unreduced(w))
 
@@ -73,6 +75,35 @@ widen = _linear(widens=True)
 narrow = _linear(widens=False)
 
 
+def _low_rank(*, widens: bool) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """x [b t i] times A [i r] times B [o r] transposed -> y [b t o], laid out as the product of the matrix beside it.
+
+    The values between A and B are whole over `tensor`: they are few.
+    """
+    inner, outer = (sharding.ROWS, sharding.WIDE) if widens else (sharding.WIDE, sharding.ROWS)
+
+    def product(equation: str, x: jax.Array, w: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+        return jnp.einsum(equation, x, w, out_sharding=sharding.out(spec))
+
+    def forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        low = product("bti,ir->btr", sharding.constrain(x, inner), a, sharding.ROWS)
+        y = product("btr,or->bto", low, b, outer)
+        return y if widens else sharding.constrain(y, sharding.HIDDEN), (x, a, b, low)
+
+    def backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+        x, a, b, low = saved
+        x, dy = sharding.constrain(x, inner), sharding.constrain(dy, outer)
+        dlow = product("bto,or->btr", dy, b, sharding.ROWS)
+        dx = product("btr,ir->bti", dlow, a, inner)
+        da = jnp.einsum("bti,btr->ir", x, dlow, out_sharding=sharding.unreduced(a))
+        db = jnp.einsum("bto,btr->or", dy, low, out_sharding=sharding.unreduced(b))
+        return sharding.constrain(dx, sharding.HIDDEN) if widens else dx, da, db
+
+    adapt = jax.custom_vjp(lambda x, a, b: forward(x, a, b)[0])
+    adapt.defvjp(forward, backward)
+    return adapt
+
+
 class Way(NamedTuple):
     """How layers are computed on a mesh."""
 
@@ -81,6 +112,8 @@ class Way(NamedTuple):
     look_up: Callable[[jax.Array, jax.Array], jax.Array]  # (embed [v d], tokens [b t]) -> [b t d], laid out as `wide`
     widen: Callable[[jax.Array, jax.Array], jax.Array]
     narrow: Callable[[jax.Array, jax.Array], jax.Array]
+    adapt_wide: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, A, B): the adapter's part of `widen`
+    adapt_narrow: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     over: Callable[..., Any] = jax.lax.scan  # (function of a layer, x, what there is of each layer) -> as jax.lax.scan
 
 
@@ -153,6 +186,14 @@ def at_rest(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     return jnp.einsum("bti,io->bto", x, w.astype(x.dtype), preferred_element_type=dtype, out_sharding=spec)
 
 
+def _adapt_at_rest(*, widens: bool) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    def adapt(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        y = at_rest(at_rest(x, a), b.T)
+        return sharding.constrain(y, sharding.P(None, None, "tensor" if widens else None))
+
+    return adapt
+
+
 def _unrolled(layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
     """As jax.lax.scan, but the first of `xs` is a tuple, one element a layer; the second is stacked."""
     new = []
@@ -162,6 +203,17 @@ def _unrolled(layer: Callable[..., tuple[jax.Array, Any]], x: jax.Array, xs: tup
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *new)
 
 
-TRAINING = Way(sharding.SPLIT, _gather, _look_up_gathered, widen, narrow)
-GENERATION = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest)
-APART = Way(sharding.WHOLE, lambda name, weight: weight, _look_up_at_rest, at_rest, at_rest, _unrolled)
+TRAINING = Way(
+    sharding.SPLIT, _gather, _look_up_gathered, widen, narrow, _low_rank(widens=True), _low_rank(widens=False)
+)
+FROZEN = TRAINING._replace(widen=_linear(widens=True, frozen=True), narrow=_linear(widens=False, frozen=True))
+GENERATION = Way(
+    sharding.WHOLE,
+    lambda name, weight: weight,
+    _look_up_at_rest,
+    at_rest,
+    at_rest,
+    _adapt_at_rest(widens=True),
+    _adapt_at_rest(widens=False),
+)
+APART = GENERATION._replace(over=_unrolled)

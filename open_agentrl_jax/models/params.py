@@ -31,7 +31,7 @@ class Row(NamedTuple):
     spec: jax.sharding.PartitionSpec
     name: str  # in Hugging Face files; "{}" is the layer number
     transposed: bool = False  # the file holds [out in]
-    start: str = "normal"  # or "ones", "zeros"
+    start: str = "normal"  # or "ones", "zeros", "uniform": within 1 / sqrt(inputs)
     int8: int | None = None  # axis that one 8-bit scale covers; None: never quantised
     when: Callable[[ModelConfig], bool] = _always  # models that have it
 
@@ -74,6 +74,44 @@ TABLE: dict[str, Row] = {
 }
 
 
+LORA_A, LORA_B, SCALE = "_lora_a", "_lora_b", "_scale"  # suffixes of what stands beside a matrix
+
+
+def _beside(path: str, row: Row) -> dict[str, Row]:
+    """The rows of a matrix's adapter, A [in r] and B [out r] with PEFT's names, and of its scales in 8 bits."""
+    layers, inner, outer = row.axes
+    kept: Any = row.spec
+    module = row.name.removesuffix(".weight")
+    peft = f"base_model.model.{module}"
+    # The long axis leads and is split over PARTS, so gradients are reduce-scattered; `tensor` splits the wide side.
+    parts = [PARTS, ("tensor", *PARTS)][:: 1 if kept[1] == PARTS else -1]
+
+    def adapted(c: ModelConfig) -> bool:
+        return row.when(c) and c.lora is not None and c.lora.adapts(module.rsplit(".", 1)[-1])
+
+    def quantized(c: ModelConfig) -> bool:
+        return row.when(c) and c.lora is not None and c.lora.int8
+
+    a, b, scale = (P(None, parts[0], None), P(None, parts[1], None), P(None, kept[2]))
+    return {
+        path + LORA_A: Row(
+            layers + inner + "r", a, f"{peft}.lora_A.weight", transposed=True, start="uniform", when=adapted
+        ),
+        path + LORA_B: Row(layers + outer + "r", b, f"{peft}.lora_B.weight", start="zeros", when=adapted),
+        path + SCALE: Row(layers + outer, scale, f"{module}.scale", start="ones", when=quantized),
+    }
+
+
+for _path, _row in list(TABLE.items()):
+    if _row.int8 is not None and len(_row.axes) == 3:
+        TABLE |= _beside(_path, _row)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path names a part of an adapter."""
+    return path.endswith((LORA_A, LORA_B))
+
+
 def sizes(c: ModelConfig) -> dict[str, int]:
     """Sizes of the axes by letter; h and k are all query heads and all key heads, laid flat."""
     return {
@@ -84,6 +122,7 @@ def sizes(c: ModelConfig) -> dict[str, int]:
         "h": c.num_heads * c.head_dim,
         "k": c.num_kv_heads * c.head_dim,
         "D": c.head_dim,
+        "r": c.lora.rank if c.lora else 0,
     }
 
 

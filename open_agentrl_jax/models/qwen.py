@@ -19,9 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.models.int8 import SCALE
-from open_agentrl_jax.models.linear import TRAINING, Way
-from open_agentrl_jax.models.params import TABLE, Params, Row, abstract_params, rows, shardings
+from open_agentrl_jax.models.linear import FROZEN, TRAINING, Way
+from open_agentrl_jax.models.params import LORA_A, LORA_B, SCALE, TABLE, Params, Row, abstract_params, rows, shardings
 from open_agentrl_jax.models.rope import frequencies
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.types import UserError
@@ -55,7 +54,7 @@ class Block(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         for path, (row, shape) in rows(c).items():
-            if path.startswith("layers/"):
+            if path.startswith("layers/") and not path.endswith(SCALE):
                 setattr(self, path.removeprefix("layers/"), _start(c, row, shape[1:], rngs))
         self.config = c
 
@@ -81,8 +80,14 @@ class Block(nnx.Module):
         return x + times("down", jax.nn.silu(times("gate", y)) * times("up", y)), cache
 
     def _times(self, way: Way, scales: Params, name: str, x: jax.Array) -> jax.Array:
-        y = (way.narrow if name in ("o", "down") else way.widen)(x, getattr(self, name)[...])
-        return (y * scales[name]).astype(x.dtype) if name in scales else y
+        narrows = name in ("o", "down")
+        y = (way.narrow if narrows else way.widen)(x, getattr(self, name)[...])
+        if name in scales:
+            y = (y * scales[name]).astype(x.dtype)
+        if (a := getattr(self, name + LORA_A, None)) is not None and self.config.lora is not None:
+            adapt = way.adapt_narrow if narrows else way.adapt_wide
+            y = y + self.config.lora.scale * adapt(x, a[...], getattr(self, name + LORA_B)[...])
+        return y
 
     def _heads(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], times: Callable[[str, jax.Array], jax.Array], way: Way
@@ -112,11 +117,16 @@ class Qwen(nnx.Module):
 def _start(c: ModelConfig, row: Row, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
     if row.start == "normal":
         return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), shape))
+    if row.start == "uniform":
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-1, maxval=1) * shape[-2] ** -0.5)
     return nnx.Param(jnp.ones(shape) if row.start == "ones" else jnp.zeros(shape))
 
 
 def init(model_config: ModelConfig, seed: int | nnx.Rngs, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """Random float32 parameters (normal, `initializer_range`; norms 1, biases 0), made in their sharding.
+    """Random float32 parameters, made in their sharding.
+
+    Matrices are normal with `initializer_range`, norms 1, biases 0, and adapters as in PEFT: A uniform within the
+    inverse root of its inputs, B 0.
 
     The values depend only on the seed and the parameter's path, not on mesh or backend. numpy draws them, one parameter
     at a time: compiling a generator for every shape takes longer.
@@ -126,19 +136,25 @@ def init(model_config: ModelConfig, seed: int | nnx.Rngs, mesh: jax.sharding.Mes
     """
     if isinstance(seed, nnx.Rngs):
         seed = int(jax.random.bits(seed.params(), dtype="uint32"))
+    places = () if mesh is None else (param_shardings(model_config, mesh),)
+    return draw(model_config, seed, abstract_params(model_config), *places)
+
+
+def draw(model_config: ModelConfig, seed: int, abstract: Params, *places: Params) -> Params:
+    """The values of `init` for the leaves of `abstract`, a part of the tree of parameters, in the shardings given."""
 
     def start(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, where: Any = None) -> jax.Array:
         name = sharding.path_name(path)
-        if (kind := TABLE[name].start) != "normal":
-            values = np.full(leaf.shape, float(kind == "ones"), np.float32)
+        kind, random = TABLE[name].start, np.random.default_rng([seed, zlib.crc32(name.encode())])
+        if kind == "normal":
+            values = random.standard_normal(leaf.shape, np.float32) * np.float32(model_config.initializer_range)
+        elif kind == "uniform":
+            values = (2 * random.random(leaf.shape, np.float32) - 1) * np.float32(leaf.shape[-2] ** -0.5)
         else:
-            draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            values = draw.standard_normal(leaf.shape, np.float32) * np.float32(model_config.initializer_range)
+            values = np.full(leaf.shape, float(kind == "ones"), np.float32)
         return jax.device_put(values, where)
 
-    abstract = abstract_params(model_config)
-    rest = () if mesh is None else (param_shardings(model_config, mesh),)
-    return jax.tree_util.tree_map_with_path(start, abstract, *rest)
+    return jax.tree_util.tree_map_with_path(start, abstract, *places)
 
 
 def param_shardings(model_config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Params:
@@ -176,7 +192,8 @@ def forward(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
         return attention(q, k, v, segment_ids, positions, backend=model_config.attention), cache
 
-    return run_layers(params, model_config, tokens, positions, attend, stored=stored)[0]
+    way = TRAINING if model_config.lora is None else FROZEN
+    return run_layers(params, model_config, tokens, positions, attend, way=way, stored=stored)[0]
 
 
 def run_layers(

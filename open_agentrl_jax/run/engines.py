@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from open_agentrl_jax.config import Config
+from open_agentrl_jax.models import lora
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.rollout import servers
 from open_agentrl_jax.rollout.address import api_key
@@ -84,24 +85,32 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
 
     # With several processes the engine takes the whole weights on one device: it cannot use devices of the others.
     mesh = policy.mesh if jax.process_count() == 1 else None
-    params = processes.whole(policy.params)
+    model, weights = policy.config, config.rollout.weights
+    if weights == "merged":
+        model, weights = lora.without(model), "same"
+
+    def sampled(params: Any) -> Any:
+        """The engine's parameters: with adapters beside the shared base, or a merged copy."""
+        params = policy.whole(params)
+        return processes.whole(lora.merge(params, policy.config) if model.lora is None else params)
+
+    params = sampled(policy.params)
     if not processes.first():
-        return _follower(lambda params, version: processes.whole(params))
+        return _follower(lambda params, version: sampled(params))
     engine = LocalEngine(
         params,
-        policy.config,
+        model,
         slots=config.rollout.slots,
         max_length=config.agent.max_prompt + config.agent.max_response,
         decode_chunk=config.rollout.decode_chunk,
         mesh=mesh,
-        weights=config.rollout.weights,
+        weights=weights,
     )
     engine.warmup()
 
     def publish(params: Any, version: int) -> None:
-        params = processes.whole(params)
         # The next update donates the state's buffers, and an asynchronous engine still samples from them then.
-        engine.set_params(jax.tree.map(jnp.copy, params) if config.rl.max_staleness else params, version)
+        engine.set_params(sampled(jax.tree.map(jnp.copy, params) if config.rl.max_staleness else params), version)
 
     return Generation(
         engine=engine,
@@ -246,19 +255,22 @@ def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) ->
     root = processes.share(root) if shared else root
     proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
-    def write(params: Any, version: int) -> str:
+    model = lora.without(policy.config)  # servers get adapters merged
+
+    def write(merged: Any, version: int) -> str:
         source = policy.tokenizer_path
-        return str(publish_weights(params, policy.config, root, version, tokenizer_from=source, shared=shared))
+        return str(publish_weights(merged, model, root, version, tokenizer_from=source, shared=shared))
 
     def follow(params: Any, version: int, probe: Sequence[int]) -> str:
-        path = write(params, version)
-        proof["logprobs"] = start_replay(params, policy.config, probe)  # on all processes, while servers load
+        merged = lora.merge(policy.whole(params), policy.config)
+        path = write(merged, version)
+        proof["logprobs"] = start_replay(merged, model, probe)  # on all processes, while servers load
         return path
 
     with contextlib.ExitStack() as opened:
         if memory is not None:
             opened.callback(memory.close)
-        weights = write(policy.params, 0) if rollout.launch_servers else ""
+        weights = write(lora.merge(policy.whole(), policy.config), 0) if rollout.launch_servers else ""
         if not processes.first():
             probe = processes.share([0])
             return _follower(lambda params, version: follow(params, version, probe))

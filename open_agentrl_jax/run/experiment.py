@@ -19,7 +19,7 @@ from typing import Any
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, to_dict
 from open_agentrl_jax.data.loader import Mixture
-from open_agentrl_jax.models import hf
+from open_agentrl_jax.models import hf, peft
 from open_agentrl_jax.models.folders import check_target
 from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.parallel.mesh import count_devices, initialize_distributed
@@ -73,7 +73,8 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
         screen.say(count_devices())
         screen.say(f"run {config.name}: {directory}")
         choose_packing(config, 1, mesh_of(config))  # refuses an indivisible mesh before anything is loaded
-        check_target(directory / "export")
+        for made in ("export", "adapter"):
+            check_target(directory / made)
         preflight(config, screen.say, screen.table)
         folder = open_folder(config, directory)
         if processes.first() and (config.rl.steps or config.rl.epochs or config.data.eval):
@@ -106,10 +107,12 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
             return
         dtype = policy.config.compute_dtype
         export = directory / "export"
+        if policy.config.lora is not None:
+            peft.save_adapter(directory / "adapter", policy.config, params, base=folder.path)
         hf.save_pretrained(
             export,
             policy.config,
-            params,
+            policy.whole(params),
             dtype=dtype,
             tokenizer_from=policy.tokenizer_path,
             stop_ids=chat.stop_ids,
@@ -215,5 +218,7 @@ def print_summary(screen: Screen, directory: Path, seconds: float) -> None:
     if lost := sum(line["episodes/aborted"] for line in rl):
         screen.say(f"aborted in RL: {lost:.0f} of {sum(line['episodes'] for line in rl):.0f} episodes")
     screen.say(f"{seconds:.0f} s; in {directory}:")
-    for name in ("config.json", "metrics.jsonl", "trajectories.jsonl", "report.html", "checkpoints/", "export/"):
-        screen.say(f"  {name}")
+    files = ("config.json", "metrics.jsonl", "trajectories.jsonl", "report.html", "checkpoints/", "export/", "adapter/")
+    for name in files:
+        if (directory / name).exists():
+            screen.say(f"  {name}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from open_agentrl_jax.data.loader import Mixture, task_stream
-from open_agentrl_jax.models import hf
+from open_agentrl_jax.models import hf, peft
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.parallel.sharding import placer
@@ -39,6 +40,7 @@ def run_sft(
         return state
     examples = [inputs.sft_examples(config, run.chat, source) for source in conversations.sources]
     step = make_step(policy.config, optimizer, likelihood, token_count=BEHAVIOURS[config.behaviour].sft_token_count)
+    step = functools.partial(step, frozen=policy.frozen)
     return train_sft(
         state,
         step,
@@ -131,8 +133,8 @@ def make_learner(run: OpenRun, state: states.TrainState, optimizer: Optimizer, s
     alone = (lambda function: function) if run.policy.mesh is None else exclusive
     return Learner(
         state=state,
-        step=alone(step),
-        score=alone(make_score(model, temperature=temperature)),
+        step=alone(functools.partial(step, frozen=run.policy.frozen)),
+        score=alone(functools.partial(make_score(model, temperature=temperature), frozen=run.policy.frozen)),
         place=placer(run.policy.mesh),
         advantages=behaviour.advantages,
         rl=config.rl,
@@ -152,8 +154,15 @@ def exclusive(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reference_policy(run: OpenRun, params: Any, *, begins: bool) -> Any:
-    """The parameters that RL began with, kept in a folder of their own for continued runs."""
-    folder = run.directory / "reference"
+    """The parameters that RL began with, kept in a folder of their own for continued runs.
+
+    Of a policy with adapters those alone: the frozen weights serve both.
+    """
+    folder, policy = run.directory / "reference", run.policy
+    if policy.config.lora is not None:
+        if begins:
+            peft.save_adapter(folder, policy.config, params, base=run.config.model.path)
+        return peft.load_adapter(folder, policy.config, policy.mesh)
     if begins:
-        hf.save_pretrained(folder, run.policy.config, params, dtype="float32")
-    return hf.load_pretrained(folder, run.policy.mesh, "float32")[1]
+        hf.save_pretrained(folder, policy.config, params, dtype="float32")
+    return hf.load_pretrained(folder, policy.mesh, "float32")[1]

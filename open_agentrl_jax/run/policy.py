@@ -14,8 +14,8 @@ from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
-from open_agentrl_jax.models import hf, qwen
-from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models import hf, lora, peft, qwen
+from open_agentrl_jax.models.config import Lora, ModelConfig
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
@@ -38,9 +38,14 @@ class Policy:
 
     tokenizer_path: Path
     config: ModelConfig
-    params: Any
+    params: Any  # what is trained: all parameters, or the adapters
     mesh: jax.sharding.Mesh | None  # None: one device
     tokenizer: Any
+    frozen: Any = None  # with adapters: the base, see models/lora.py
+
+    def whole(self, params: Any = None) -> Any:
+        """All parameters, with `params` for those that are trained."""
+        return lora.join(self.frozen, self.params if params is None else params)
 
 
 def mesh_of(config: Config) -> jax.sharding.Mesh | None:
@@ -72,15 +77,45 @@ def load_policy(config: Config, folder: Folder) -> Policy:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if mesh is not None:
         jax.set_mesh(mesh)
-    model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, "float32")
+    adapters = adapters_of(config)
+    model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, dtype if adapters else "float32")
     how = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
-    model_config = dataclasses.replace(model_config, **how)
+    model_config = dataclasses.replace(model_config, lora=adapters, **how)
     if len(folder.tokenizer) > model_config.vocab_size:
         raise UserError(
             f"{folder.tokenizer_path}: the tokenizer has {len(folder.tokenizer)} tokens, the model's vocab_size is "
             f"{model_config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Policy(folder.tokenizer_path, model_config, params, mesh, folder.tokenizer)
+    if adapters is None:
+        return Policy(folder.tokenizer_path, model_config, params, mesh, folder.tokenizer)
+    lora.check(model_config)
+    start = config.model.lora.adapter
+    trained = peft.load_adapter(start, model_config, mesh) if start else lora.init(model_config, config.seed, mesh)
+    return Policy(
+        folder.tokenizer_path, model_config, trained, mesh, folder.tokenizer, lora.freeze(params, model_config)
+    )
+
+
+def adapters_of(config: Config) -> Lora | None:
+    """The adapters that a config trains; None if it trains all weights.
+
+    Raises:
+        UserError: they differ from those in the folder `model.lora.adapter`.
+    """
+    wanted = config.model.lora
+    if not wanted.rank:
+        return None
+    made = Lora(wanted.rank, wanted.alpha, tuple(wanted.targets), wanted.rslora, wanted.base == "int8")
+    if wanted.adapter:
+        found, _ = peft.read_config(wanted.adapter)
+        for field in ("rank", "alpha", "rslora"):
+            if (there := getattr(found, field)) != getattr(made, field):
+                raise UserError(
+                    f"model.lora.{field}={getattr(made, field)}, but the adapter in {wanted.adapter} has {there}; "
+                    f"set model.lora.{field}={there}"
+                )
+        made = dataclasses.replace(made, targets=found.targets)
+    return made
 
 
 def load_tokenizer(source: str) -> tuple[Path, Any]:

@@ -111,7 +111,7 @@ def open_agent(model: str, *, slots: int, max_response: int = 0, max_turns: int 
     # A conversation holds several questions and answers, where a training prompt holds one problem.
     config.agent.max_prompt = min(context - config.agent.max_response, max(8192, config.agent.max_prompt))
     engine = LocalEngine(
-        policy.params,
+        policy.whole(),
         policy.config,
         slots=slots,
         max_length=config.agent.max_prompt + config.agent.max_response,

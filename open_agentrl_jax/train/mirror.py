@@ -23,7 +23,7 @@ from open_agentrl_jax.types import UserError
 LIST = "copy.json"
 RUNNING = ("metrics.jsonl", "trajectories.jsonl", "config.json")  # copied with every checkpoint
 ONCE = ("sft.parquet", "init", "reference")  # written before the first checkpoint that needs them, and never changed
-FINAL = ("export", "report.html")
+FINAL = ("export", "adapter", "report.html")  # as far as the run has them
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Mirror:
         """
         self.wait()
         with self._reported(f"the export was not copied, it lies in {self.directory / 'export'}"):
-            self._upload((*RUNNING, *FINAL))
+            self._upload((*RUNNING, *(name for name in FINAL if (self.directory / name).exists())))
 
     def close(self) -> None:
         """Waits for the running copy and ends the thread."""

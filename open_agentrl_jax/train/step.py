@@ -21,7 +21,7 @@ from open_agentrl_jax.algorithms import losses
 from open_agentrl_jax.algorithms.entropy import update_coefficient
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.config import Loss
-from open_agentrl_jax.models import qwen
+from open_agentrl_jax.models import lora, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel.sharding import P, constrain
 from open_agentrl_jax.train.optimizer import Optimizer, update
@@ -130,10 +130,25 @@ _one_after_the_other.defvjp(
 )
 
 
+@jax.custom_vjp
+def _after_frozen(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same barrier for a head that is not trained."""
+    return jax.lax.optimization_barrier((hidden, table))
+
+
+_after_frozen.defvjp(
+    lambda hidden, table: (_after_frozen(hidden, table), None), lambda _, gradients: (gradients[0], None)
+)
+
+
 def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: float, chunk: int):
     hidden = qwen.forward(params, model_config, batch.tokens, batch.positions, batch.segment_ids)
     name = "embed" if model_config.tie_word_embeddings else "head"
-    hidden, table = _one_after_the_other(hidden, params[name])
+    if model_config.lora is None:
+        hidden, table = _one_after_the_other(hidden, params[name])
+    else:
+        hidden, table = _after_frozen(hidden, params[name])
+        table = jax.lax.stop_gradient(table)
     head = qwen.unembedding({name: table}, model_config)
     return token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
 
@@ -142,13 +157,16 @@ def _micro(batch: Batch, index: Any) -> Batch:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
 
 
-def make_score(
-    model_config: ModelConfig, *, temperature: float = 1.0, chunk: int = 1024
-) -> Callable[[Any, Batch, Int[Array, ""]], Float[Array, "m b t"]]:
-    """Compiles (params, batch, used) -> log-probs of `batch.targets` [m b t]; 0 off the mask."""
+def make_score(model_config: ModelConfig, *, temperature: float = 1.0, chunk: int = 1024) -> Callable[..., Any]:
+    """Compiles (params, batch, used, frozen=None) -> log-probs of `batch.targets` [m b t]; 0 off the mask.
+
+    `params` are what is trained and `frozen` the rest, see models/lora.py.
+    """
 
     @jax.jit
-    def score(params: Any, batch: Batch, used: Int[Array, ""]) -> Float[Array, "m b t"]:
+    def score(params: Any, batch: Batch, used: Int[Array, ""], frozen: Any = None) -> Float[Array, "m b t"]:
+        params = lora.join(frozen, params)
+
         def body(index, out):
             micro = _micro(batch, index)
             logprobs, _ = _score(params, model_config, micro, temperature, chunk)
@@ -168,10 +186,11 @@ def make_step(
     chunk: int = 1024,
     entropy_target: float = 0.0,
     token_count: Callable[[Any, Any], Any] | None = None,
-) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]:
-    """Compiles the update (state, batch, used) -> (state, metrics); the state's buffers are donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Compiles the update (state, batch, used, frozen=None) -> (state, metrics); the state's buffers are donated.
 
-    An update whose gradient norm is not finite leaves parameters and moments unchanged and is counted.
+    The state holds what is trained, `frozen` the other parameters (see models/lora.py), which have no gradient. An
+    update whose gradient norm is not finite leaves parameters and moments unchanged and is counted.
 
     Args:
         model_config: shapes, compute dtype and rematerialisation.
@@ -191,7 +210,7 @@ def make_step(
         return objective(logprobs, entropy, micro, totals)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, used: Int[Array, ""]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, used: Int[Array, ""], frozen: Any = None) -> tuple[TrainState, Metrics]:
         whole = Totals(
             tokens=batch.mask.sum().astype(jnp.float32),
             sequences=batch.segment_ids.max(axis=-1).sum().astype(jnp.float32),
@@ -207,7 +226,9 @@ def make_step(
             totals = whole
             if token_count is not None:
                 totals = dataclasses.replace(whole, tokens=token_count(micro.mask.sum(), used))
-            loss, backward, metrics = jax.vjp(lambda p: loss_of(p, micro, totals), state.params, has_aux=True)
+            loss, backward, metrics = jax.vjp(
+                lambda p: loss_of(lora.join(frozen, p), micro, totals), state.params, has_aux=True
+            )
             backward.with_refs(sums)(jnp.ones_like(loss))
             return jax.tree.map(lambda x: x * share, metrics) | {"actor/loss": loss}
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from open_agentrl_jax.models import convert
 from tests.disks import small_disk  # noqa: F401 - a fixture
 from tests.launch.runs import lines, run, start, timeless
 
@@ -140,6 +141,31 @@ def test_a_continued_run_keeps_the_reference_policy_it_began_with(tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
     whole, twice = ([x["actor/kl"] for x in timeless(tmp_path / d) if x["phase"] == "rl"] for d in ("whole", "twice"))
     assert whole == twice and whole[2] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_continued_run_of_adapters_ends_bit_equal(tmp_path):
+    """Its checkpoints hold adapters alone; its exports are a PEFT adapter and the merged model that was sampled."""
+    settings = {"model.lora.rank": 4, "rl.loss.kl_coef": 0.1, "rl.optim.schedule": "constant", "rl.optim.lr": 1e-2}
+    settings |= {"rollout.weights": "merged"}
+    for directory, steps in (("whole", (3,)), ("twice", (2, 3))):
+        for step in steps:
+            done = run("train", tmp_path / directory, **settings, **{"rl.steps": step})
+            assert done.returncode == 0, done.stderr[-3000:]
+    whole, twice = tmp_path / "whole", tmp_path / "twice"
+    assert timeless(whole) == timeless(twice)
+    for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
+        assert (whole / name).read_bytes() == (twice / name).read_bytes()
+    saved = convert.describe_orbax(str(whole / "checkpoints" / "6"))[1]
+    assert {name.rsplit("_", 1)[0][-5:] for name in saved["layers"]} == {"_lora"} and saved.keys() == {"layers"}
+    convert.convert("orbax", str(whole / "checkpoints" / "6"), "hf", tmp_path / "made")
+    assert (tmp_path / "made/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    more = {"model.path": whole / "init", "model.lora.adapter": whole / "adapter", "sft.steps": 0, "rl.steps": 1}
+    done = run("train", tmp_path / "more", **settings, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    went_on = next(line for line in lines(tmp_path / "more") if line["phase"] == "eval")
+    assert went_on["reward/mean"] == [line for line in lines(whole) if line["phase"] == "eval"][-1]["reward/mean"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Run in a process of its own with eight fake devices: whole updates on meshes, compared with one device."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 
 from open_agentrl_jax.config import Loss, Optim
-from open_agentrl_jax.models import qwen
-from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models import lora, qwen
+from open_agentrl_jax.models.config import Lora, ModelConfig
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.train import state as states
@@ -28,6 +29,10 @@ MODEL = ModelConfig(
     tie_word_embeddings=True,
     remat="full",
 )
+ADAPTERS = {
+    "adapters": dataclasses.replace(MODEL, lora=Lora(4)),
+    "adapters on 8 bits": dataclasses.replace(MODEL, lora=Lora(4, int8=True)),
+}
 LOSSES = {
     "token level": Loss(),
     "every term": Loss(
@@ -46,22 +51,30 @@ CASES = [
     ("token level", (1, 2, 2, 2), True),
     ("every term", (2, 1, 2, 2), False),
     ("covariance", (1, 4, 2, 1), False),
+    ("adapters", (1, 2, 2, 2), False),
+    ("adapters", (2, 2, 2, 1), False),
+    ("adapters on 8 bits", (1, 2, 2, 2), False),
 ]
 
 
-def updated(loss, mesh, offload=False):
+def updated(name, mesh, offload=False):
     """Scores and the state after one update, on the host; and whether all lies where it should."""
     optimizer = make_optimizer(Optim(lr=1e-2, offload=offload), 10)
-    step = make_step(MODEL, optimizer, policy_gradient(loss, width=16), chunk=16)
-    score = make_score(MODEL, chunk=16)
+    model = ADAPTERS.get(name, MODEL)
+    step = make_step(model, optimizer, policy_gradient(LOSSES.get(name, Loss()), width=16), chunk=16)
+    score = make_score(model, chunk=16)
     batch, used = pack(examples(24), rows=8, length=24)
     params = qwen.init(MODEL, 0)
     if mesh is not None:
         params = jax.device_put(params, qwen.param_shardings(MODEL, mesh))
+    frozen = None
+    if model.lora is not None:
+        frozen = lora.freeze(params, model)
+        params = jax.tree.map(lambda x: x + 0.1, lora.init(model, 0, mesh))
     state = jax.jit(lambda p: states.create(p, optimizer))(params)
     batch = placer(mesh)(batch)
-    scores = score(params, batch, np.int32(used))
-    state, metrics = step(state, batch, np.int32(used))
+    scores = score(params, batch, np.int32(used), frozen=frozen)
+    state, metrics = step(state, batch, np.int32(used), frozen=frozen)
     like = states.abstract(params, optimizer, mesh)
     placed = jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), state, like))
     return jax.device_get((scores, state.params, metrics)), placed
@@ -73,12 +86,12 @@ def difference(a, b):
 
 
 def main():
-    alone = {name: updated(loss, None)[0] for name, loss in LOSSES.items()}
+    alone = {name: updated(name, None)[0] for name in [*LOSSES, *ADAPTERS]}
     cases = []
     for name, sizes, offload in CASES:
         mesh = make_mesh(*sizes)
         with jax.set_mesh(mesh):
-            got, placed = updated(LOSSES[name], mesh, offload)
+            got, placed = updated(name, mesh, offload)
         names = ("scores", "params", "metrics")
         cases.append(
             {"loss": name, "mesh": sizes, "offload": offload, "placed": placed}

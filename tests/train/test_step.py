@@ -15,7 +15,9 @@ import optax
 import pytest
 
 from open_agentrl_jax.config import Loss, Optim
-from open_agentrl_jax.models import qwen
+from open_agentrl_jax.models import lora, qwen
+from open_agentrl_jax.models.config import Lora
+from open_agentrl_jax.planning import flops
 from open_agentrl_jax.reference.behaviour import REFERENCE
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.optimizer import make_optimizer, rates
@@ -63,6 +65,40 @@ OBJECTIVES = {
         width=16,
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["q", "down"])
+def test_a_step_of_full_rank_adapters_is_the_full_step_of_their_matrix(name):
+    """With A the identity, B zero and scale 1, the gradient of B is that of the matrix."""
+    module = {"q": "q_proj", "down": "down_proj"}[name]
+    base = qwen.init(MODEL, 0)
+    rank = base["layers"][name].shape[1]
+    model = dataclasses.replace(MODEL, lora=Lora(rank, alpha=rank, targets=(module,)))
+    layers = lora.init(model, 0)["layers"]
+    a = jnp.tile(jnp.eye(rank), (MODEL.num_layers, 1, 1))
+    state = states.create({"layers": layers | {name + "_lora_a": jnp.copy(a)}}, SGD)
+    batch, used = pack(examples(8), rows=2, length=28, micro_batches=4)
+    new, _ = make_step(model, SGD, likelihood)(state, jax.tree.map(jnp.asarray, batch), np.int32(used), frozen=base)
+    np.testing.assert_array_equal(new.params["layers"][name + "_lora_a"], a)
+    moved = base["layers"][name] - lora.merge(lora.join(base, new.params), model)["layers"][name]
+    full = gradient((batch, used), likelihood)[0]["layers"][name]
+    np.testing.assert_allclose(moved, full, atol=1e-5 * np.abs(full).max())
+
+
+def test_gradients_moments_and_checkpoints_are_of_adapters_alone():
+    model = dataclasses.replace(MODEL, lora=Lora(2))
+    optimizer = make_optimizer(Optim(), 10)
+    frozen, adapters = lora.abstract(model)
+    state = states.abstract(adapters, optimizer, None)
+    numbers = sum(x.size for x in jax.tree.leaves(adapters))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * numbers
+    batch, used = pack(examples(8), rows=2, length=28, micro_batches=4)
+    traced = make_step(model, optimizer, likelihood).trace(state, batch, used, frozen=frozen)
+    plain = make_step(MODEL, optimizer, likelihood)
+    whole = plain.trace(states.abstract(qwen.abstract_params(MODEL), optimizer, None), batch, used)
+    assert jax.tree.structure(traced.out_info[0].params) == jax.tree.structure(adapters)
+    # Forward and backward take 2 operations each per weight and token; a third 2 are for the gradients of weights.
+    assert flops.count(traced.jaxpr).products < 0.9 * flops.count(whole.jaxpr).products
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
