@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.agent.calls import FORMATS
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.types import Message, ToolCall, UserError
 
 CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -79,8 +81,7 @@ def use(tokenizer: Any, choice: str) -> None:
         return
     if choice != "own":
         try:
-            with open(choice, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
+            tokenizer.chat_template = read_text(Path(choice))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"model.template={choice}: {error}; give auto, own or the path of a template file"

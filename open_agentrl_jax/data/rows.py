@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from open_agentrl_jax.storage import retry_reads
 from open_agentrl_jax.types import UserError
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Table(list[T], Generic[T]):
         self.skipped = list(skipped)
 
 
+@retry_reads
 def read_table(path: str | os.PathLike[str], convert: Callable[[dict[str, Any], Path, int], T]) -> Table[T]:
     """Converts each row of `path`.
 
@@ -109,6 +111,7 @@ def resolve(path: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
+@retry_reads
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the files behind a path or a Hub id, in hexadecimal. Raises UserError as resolve."""
     digests = []

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from open_agentrl_jax.models import rope
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.types import UserError
 
 ARCHITECTURES = {
@@ -192,7 +193,7 @@ class ModelConfig:
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     path = path / "config.json" if path.is_dir() else path
     try:
-        hf = json.loads(path.read_text())
+        hf = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; give the folder of a Hugging Face model") from None
     except ValueError as error:

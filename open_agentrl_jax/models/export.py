@@ -21,6 +21,7 @@ from open_agentrl_jax.models.folders import check_target, copy_tokenizer, replac
 from open_agentrl_jax.models.params import TABLE, Params, abstract_params
 from open_agentrl_jax.models.tensor_files import write_tensors
 from open_agentrl_jax.parallel.sharding import path_name
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.types import UserError
 
 
@@ -146,7 +147,7 @@ def write_configs(
     generation: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
         with contextlib.suppress(ValueError):
-            generation = json.loads((folder / "generation_config.json").read_text())
+            generation = json.loads(read_text(folder / "generation_config.json"))
         if stop_ids:
             generation["eos_token_id"] = _with_stops(generation.get("eos_token_id"), stop_ids)
     else:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from open_agentrl_jax.storage import read_text, retry_reads
 from open_agentrl_jax.types import UserError
 
 MARK = "open_agentrl_jax.json"
@@ -73,7 +74,7 @@ def check_complete(folder: pathlib.Path) -> None:
 
 def _read_mark(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        mark = json.loads((folder / MARK).read_text())
+        mark = json.loads(read_text(folder / MARK))
         return {"complete": bool(mark["complete"]), "files": [str(name) for name in mark["files"]]}
     except (ValueError, KeyError, TypeError):  # cut off while it was written
         return {"complete": False, "files": []}
@@ -122,6 +123,7 @@ def tokenizer_files(folder: pathlib.Path) -> list[str]:
     return [p.relative_to(folder).as_posix() for pattern in TOKENIZER_FILES for p in sorted(folder.glob(pattern))]
 
 
+@retry_reads
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Copy tokenizer, chat templates and generation_config.json, as far as `source` has them."""
     for name in (*tokenizer_files(source), "generation_config.json"):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from open_agentrl_jax.storage import read_text, retry_reads
 from open_agentrl_jax.types import UserError
 
 READABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -47,6 +48,7 @@ class TensorFiles:
             if name not in self.file:
                 raise UserError(f"{folder / file}: {name}: missing, the index lists it; download the file again")
 
+    @retry_reads
     def _read_header(self, path: pathlib.Path) -> None:
         if not path.exists():
             raise UserError(f"{path}: missing, {INDEX} lists it; download the file again")
@@ -72,6 +74,7 @@ class TensorFiles:
         self.file[new], self.shape[new] = self.file.pop(name), self.shape.pop(name)
         self.dtype[new], self.stored[new] = self.dtype.pop(name), self.stored.pop(name)
 
+    @retry_reads
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """One slice of one tensor. Opens the file anew, so that its pages do not stay in memory."""
         with safe_open(self.file[name], "np") as file:
@@ -80,7 +83,7 @@ class TensorFiles:
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        return dict(json.loads(read_text(index))["weight_map"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: weight_map: cannot be read; download the file again") from None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from open_agentrl_jax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
+MULTISLICE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 # Held while a program is dispatched to the devices of a mesh if another thread may dispatch too: if two programs reach
 # two devices in different orders, their collectives deadlock.
 launching = threading.RLock()
@@ -105,14 +107,31 @@ def initialize_distributed(
         jax.distributed.initialize(address, count, me, cluster_detection_method="deactivate")
     elif cluster := detected_cluster():
         own = list(range(_slurm_gpus())) if cluster == "slurm" and _slurm_tasks_per_node() == 1 else []
-        jax.distributed.initialize(cluster_detection_method=cluster, local_device_ids=own or None)
+        with _no_metadata_queries() if cluster == "gketpu" else contextlib.nullcontext():
+            jax.distributed.initialize(cluster_detection_method=cluster, local_device_ids=own or None)
+
+
+@contextlib.contextmanager
+def _no_metadata_queries() -> Iterator[None]:
+    """Answers JAX's questions about slices, which GKE answers by variables if there are several.
+
+    For each missing variable JAX asks the metadata server, six times for half a second if it has no answer.
+    """
+    unset = [name for name in MULTISLICE if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, ""))
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 
 def detected_cluster() -> str | None:
     """JAX's name of the cluster manager that started this process ("slurm", "gcetpu", ...); None: there is none."""
     from jax._src.clusters import ClusterEnv  # jax.distributed.initialize has no public way to only detect
 
-    for cluster in ClusterEnv._cluster_types:
+    # GKE is known by its variables; Cloud TPU VMs are only by a metadata server, which GKE pods may not reach.
+    for cluster in sorted(ClusterEnv._cluster_types, key=lambda cluster: cluster.name != "gketpu"):
         name = cluster.name
         if cluster.opt_in_only_method or not name:
             continue  # the unnamed one is Kubernetes, which fails in pods that are not part of an indexed job

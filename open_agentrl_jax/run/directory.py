@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -15,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import tenacity
-
 from open_agentrl_jax import config as configs
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.data import rows
@@ -24,24 +21,14 @@ from open_agentrl_jax.data.benchmarks import place_of
 from open_agentrl_jax.data.loader import WEIGHTED
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.settings import differences
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.types import UserError
 
 LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
-TRANSIENT = (errno.ESTALE, errno.EIO, errno.EAGAIN, errno.EINTR)  # a network file system may answer so once
 _locks: dict[Path, IO[str]] = {}  # open until this process ends: closing a file releases its lock
-
-
-@tenacity.retry(
-    retry=tenacity.retry_if_exception(lambda error: getattr(error, "errno", None) in TRANSIENT),
-    stop=tenacity.stop_after_attempt(3),
-    wait=tenacity.wait_fixed(0.5),
-    reraise=True,
-)
-def _read(path: Path) -> str:
-    return path.read_text()
 
 
 def lock_directory(directory: Path) -> None:
@@ -111,7 +98,7 @@ def claim_data(directory: Path, config: Config) -> None:
         UserError: the run already trained on other content, or the data cannot be found.
     """
     mark = directory / "config.json"
-    facts = json.loads(_read(mark))
+    facts = json.loads(read_text(mark))
     known, present = facts.get("data", {}), {}
     for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
         for part in getattr(config.data, field).split(",") if used else ():
@@ -130,12 +117,12 @@ def claim_data(directory: Path, config: Config) -> None:
 
 def run_id(directory: Path) -> str:
     """The id that a run keeps over its continuations; empty for a run of an earlier release."""
-    return json.loads(_read(directory / "config.json")).get("id", "")
+    return json.loads(read_text(directory / "config.json")).get("id", "")
 
 
 def _refuse_another_config(mark: Path, config: Config) -> None:
     try:
-        theirs = json.loads(json.loads(_read(mark))["fingerprint"])
+        theirs = json.loads(json.loads(read_text(mark))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{mark}: not the config.json of a run; give another run_dir, or remove it") from error
     mine = json.loads(fingerprint(config))

@@ -39,6 +39,7 @@ from open_agentrl_jax.run.opened import OpenRun
 from open_agentrl_jax.run.phases import run_rl, run_sft
 from open_agentrl_jax.run.policy import Policy, choose_packing, load_policy, make_chat, mesh_of, open_folder
 from open_agentrl_jax.run.world import World, open_world
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.telemetry.report import write_report
 from open_agentrl_jax.telemetry.screen import Screen, curve
 from open_agentrl_jax.telemetry.writer import Silent, Writer
@@ -203,7 +204,7 @@ def graded(line: dict[str, float]) -> str:
 
 def print_summary(screen: Screen, directory: Path, seconds: float) -> None:
     """Prints the held-out metrics before and after RL, the reward curve, and the files of the run."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in read_text(directory / "metrics.jsonl").splitlines()]
     evals = [line for line in lines if line["phase"] == "eval"]
     if evals:
         first, last = evals[0], evals[-1]

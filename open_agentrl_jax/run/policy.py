@@ -16,9 +16,11 @@ from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.models import hf, lora, peft, qwen
 from open_agentrl_jax.models.config import Lora, ModelConfig
+from open_agentrl_jax.models.folders import tokenizer_files
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
+from open_agentrl_jax.storage import read_bytes
 from open_agentrl_jax.train.packing import choose_packing as choose_packing
 from open_agentrl_jax.types import UserError
 
@@ -123,6 +125,9 @@ def load_tokenizer(source: str) -> tuple[Path, Any]:
     from transformers import AutoTokenizer
 
     folder = hf.resolve(source, weights=False)
+    for name in ("config.json", *tokenizer_files(folder)):  # transformers ignores some files that it cannot read
+        if (folder / name).exists():
+            read_bytes(folder / name)
     try:
         return folder, AutoTokenizer.from_pretrained(folder)
     except Exception as error:

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
+from open_agentrl_jax.storage import read_bytes, retry_reads
 from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.telemetry.tokens import unpack_tokens
 from open_agentrl_jax.types import UserError
@@ -31,6 +32,7 @@ class Table:
     _end: int = 0  # of the last whole line that was read, in bytes
     _last: bytes = b""
 
+    @retry_reads
     def update(self) -> None:
         """Reads the new whole lines; begins again if the file was cut or replaced."""
         if not self.path.exists():
@@ -60,6 +62,7 @@ class Table:
         """Bytes of each row."""
         return [size for _, size in self.places]
 
+    @retry_reads
     def read(self, first: int, end: int) -> bytes:
         """The lines of the rows first .. end - 1."""
         lines = []
@@ -118,7 +121,7 @@ def read_metrics(directory: Path) -> dict[str, dict[str, list[Any]]]:
     """
     path = directory / "metrics.jsonl"
     try:
-        whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
+        whole = read_bytes(path).rpartition(b"\n")[0].splitlines()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: missing; give the directory of a run, e.g. runs/quickstart") from None
     except OSError as error:
@@ -145,7 +148,7 @@ def _metrics(text: bytes) -> dict[str, Any] | None:
 def read_config(directory: Path) -> dict[str, Any]:
     """The run's config without secrets, which earlier releases wrote into config.json; empty if there is none."""
     try:
-        config = json.loads((directory / "config.json").read_text())["config"]
+        config = json.loads(read_bytes(directory / "config.json"))["config"]
         return redact(config) if isinstance(config, dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

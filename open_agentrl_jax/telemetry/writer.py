@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from open_agentrl_jax.storage import read_bytes
 from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.telemetry.tokens import pack_tokens
 from open_agentrl_jax.types import Group, UserError
@@ -194,7 +195,7 @@ def _open_cut(path: Path, length: int) -> IO[bytes]:
 def _position(path: Path) -> tuple[dict[str, int], int]:
     """The last step of each phase in metrics.jsonl, and its number of lines."""
     steps: defaultdict[str, int] = defaultdict(int)
-    lines = path.read_bytes().splitlines()
+    lines = read_bytes(path).splitlines()
     for line in lines:
         try:
             value = json.loads(line)

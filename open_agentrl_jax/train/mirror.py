@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.types import UserError
 
 LIST = "copy.json"
@@ -135,7 +136,7 @@ class Mirror:
             return {}
         config, listed = self._read_json("config.json"), self._read_json(LIST)
         theirs = listed.get("fingerprint") or config.get("fingerprint")
-        mine = (self.directory / "config.json").read_text() if (self.directory / "config.json").exists() else "{}"
+        mine = read_text(self.directory / "config.json") if (self.directory / "config.json").exists() else "{}"
         runs = [run for run in (config.get("id"), _parsed(mine).get("id")) if run]
         if theirs is None:
             return {}

@@ -35,6 +35,7 @@ from open_agentrl_jax.models.params import TABLE
 from open_agentrl_jax.models.tensor_files import header
 from open_agentrl_jax.parallel import processes, sharding
 from open_agentrl_jax.parallel.mesh import current_mesh
+from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.train import spare
 from open_agentrl_jax.types import UserError
 
@@ -57,7 +58,7 @@ def version_path(root: str | os.PathLike[str], version: int) -> pathlib.Path:
 def is_published(folder: pathlib.Path) -> bool:
     """Whether a version is complete: the manifest is there and every file has its size."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads(read_text(folder / MANIFEST))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False

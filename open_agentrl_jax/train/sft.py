@@ -9,7 +9,7 @@ import numpy as np
 
 from open_agentrl_jax.config import Packing
 from open_agentrl_jax.train.checkpoint import Progress
-from open_agentrl_jax.train.packing import Batch, Example, most_micro_batches, pack
+from open_agentrl_jax.train.packing import Batch, Example, pack_mini_batch
 from open_agentrl_jax.train.progress import Clock, Interrupted, Run
 from open_agentrl_jax.train.state import TrainState
 
@@ -53,13 +53,11 @@ def train_sft(
         run: files, checkpoints, signals.
         steps: total steps of the phase.
         batch_size: conversations per step.
-        packing: rows and row length.
+        packing: rows and row lengths.
         place: puts a batch on the mesh.
         rates: learning rate of each update, for the log.
         start: steps already done.
     """
-    shape = {"rows": packing.rows, "length": packing.length}
-    shape["micro_batches"] = most_micro_batches(batch_size, packing.rows)
     clock = Clock()
     waiting: tuple[int, dict[str, Any], float] | None = None
 
@@ -88,7 +86,8 @@ def train_sft(
     for step in range(start, steps):
         run.mark()
         with clock("pack"):
-            batch, used = pack([examples[step * batch_size + i] for i in range(batch_size)], **shape)
+            taken = [examples[step * batch_size + i] for i in range(batch_size)]
+            batch, used = pack_mini_batch(taken, packing, sequences=batch_size)
             useful = batch.useful
         with clock("dispatch"):
             state, metrics = step_fn(state, place(batch), np.int32(used))

@@ -2,7 +2,8 @@
 
 Environment variables select what a stand-in changes before the command runs:
   FAKE_NO_DIRECTORY_RENAMES=FOLDER: renaming a directory below FOLDER fails, as on gcsfuse.
-  FAKE_STALE_READS=FOLDER: the first read of each file below FOLDER fails with ESTALE, as on NFS after a server restart.
+  FAKE_STALE_READS=FOLDER: the first read of each file below FOLDER fails with ESTALE if the file is older than this
+    process, as on NFS after a server restart.
 """
 
 import builtins
@@ -12,6 +13,7 @@ import os
 import pathlib
 import runpy
 import sys
+import time
 
 import jax  # sets TPU_SKIP_MDS_QUERY on a machine without chips, which would turn the detection off
 
@@ -31,11 +33,18 @@ def refuse_directory_renames(folder):
 
 
 def stale_once(folder):
-    seen, real = set(), io.open
+    seen, real, started = set(), io.open, time.time()
 
     def patched(file, mode="r", *args, **more):
         path = pathlib.Path(file).absolute() if isinstance(file, str | os.PathLike) else None
-        if path and "r" in mode and path.is_relative_to(folder) and path.is_file() and path not in seen:
+        if (
+            path
+            and "r" in mode
+            and path.is_relative_to(folder)
+            and path.is_file()
+            and path not in seen
+            and path.stat().st_mtime < started
+        ):
             seen.add(path)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), os.fspath(path))
         return real(file, mode, *args, **more)

@@ -51,8 +51,6 @@ def tpu_vm():
 
 def _metadata(worker):
     values = {"agent-worker-number": str(worker), "worker-network-endpoints": "127.0.0.1,127.0.0.1", "tpu-env": ""}
-    if worker is None:
-        values = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -72,16 +70,12 @@ def _metadata(worker):
 
 @contextlib.contextmanager
 def tpu_jobset():
-    """A GKE JobSet of two TPU hosts: the webhook sets the hosts' names and the chips of each; metadata know nothing."""
-    port, server = str(free_port()), _metadata(None)
+    """A GKE JobSet of two TPU hosts: the webhook sets the hosts' names and the chips of each; no metadata server."""
+    port = str(free_port())
     common = {"JAX_FORCE_TPU_INIT": "1", "TPU_WORKER_HOSTNAMES": "localhost,localhost", "JAX_COORDINATOR_PORT": port}
     common |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1"}
-    common |= {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
-    try:
-        yield [common | {"TPU_WORKER_ID": str(rank), "JOB_COMPLETION_INDEX": str(rank)} for rank in range(2)]
-    finally:
-        server.shutdown()
-        server.server_close()
+    common |= {"GCE_METADATA_IP": "127.0.0.1:1"}  # nothing listens there: a query raises an error
+    yield [common | {"TPU_WORKER_ID": str(rank), "JOB_COMPLETION_INDEX": str(rank)} for rank in range(2)]
 
 
 @contextlib.contextmanager

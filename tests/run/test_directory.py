@@ -137,7 +137,7 @@ def test_a_read_that_fails_once_is_repeated(tmp_path, monkeypatch):
     """NFS may answer a read with ESTALE once."""
     config = Config(run_dir=str(tmp_path / "run"))
     claim_directory(config)
-    real, failed = pathlib.Path.read_text, []
+    real, failed = pathlib.Path.read_bytes, []
 
     def stale_once(path, *args, **more):
         if path.name == "config.json" and not failed:
@@ -145,7 +145,7 @@ def test_a_read_that_fails_once_is_repeated(tmp_path, monkeypatch):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return real(path, *args, **more)
 
-    monkeypatch.setattr(pathlib.Path, "read_text", stale_once)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", stale_once)
     assert claim_directory(config) == tmp_path / "run"
     assert failed
 
