@@ -35,6 +35,8 @@ from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.train.packing import choose_packing
 from open_agentrl_jax.types import Message, UserError
 
+MANY_USEFUL = 0.8  # a fraction of useful tokens that needs no advice
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -66,11 +68,33 @@ def mesh(config: Config) -> str:
     laid_out = mesh_of(config)
     packing = choose_packing(config, longest_sequence(config), laid_out)
     sizes = "one device" if laid_out is None else " ".join(f"{k}={v}" for k, v in laid_out.shape.items())
+    useful, cure = packed(config)
+    text = f"{sizes}; {packing.rows} rows of {packing.length} tokens, about {useful:.0%} useful"
+    return f"{text}; {cure}" if cure else text
+
+
+def packed(config: Config) -> tuple[float, str]:
+    """The fraction of useful tokens, and fields that raise it where it is low; "" where it is not.
+
+    A row holds the longest sequence whole. With more rows than a mini-batch fills, only `seq` helps: it puts several
+    devices on one row.
+    """
+    laid_out, longest = mesh_of(config), longest_sequence(config)
+    packing = choose_packing(config, longest, laid_out)
     reinforced = config.rl.steps or config.rl.epochs
     sequences = config.rl.prompts // config.rl.mini_batches * config.rl.samples if reinforced else config.sft.batch_size
     lengths = (packing.length, *packing.more_lengths)
-    useful = workload.utilization(sequences, rows=packing.rows, lengths=lengths, longest=longest_sequence(config))
-    return f"{sizes}; {packing.rows} rows of {packing.length} tokens, about {useful:.0%} useful"
+    useful = workload.utilization(sequences, rows=packing.rows, lengths=lengths, longest=longest)
+    if laid_out is None or useful >= MANY_USEFUL:
+        return useful, ""
+    shape = dict(laid_out.shape)
+    better = workload.better_packing(
+        sequences, groups=shape["data"] * shape["fsdp"], seq=shape["seq"], length=packing.length, longest=longest
+    )
+    if better is None or better[0] < useful + 0.1:
+        return useful, ""
+    found, seq, more = better
+    return useful, f"mesh.seq={seq} with packing.rows=0 and packing.more_lengths={more} makes about {found:.0%} useful"
 
 
 def memory_table(config: Config) -> str:
@@ -107,6 +131,9 @@ def preflight(config: Config, say: Callable[[str], None], table: Callable[..., N
     """
     if why := slow_attention(config):
         say(f"attention is the slow blockwise one: {why}")
+    useful, cure = packed(config)
+    if cure:
+        say(f"packing: about {useful:.0%} of a micro-batch's places hold tokens; {cure}")
     entries, available = _memory(config), memory.device_bytes()
     if sum(entry.bytes for entry in entries) > memory.GIB:  # a laptop-sized model needs no table
         rows = memory.rows(entries, available)

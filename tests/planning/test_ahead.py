@@ -104,3 +104,12 @@ def test_an_unknown_topology_is_refused(topology, message):
 def test_topology_names():
     assert chips.split("2xv5e:4x4") == (2, "v5e", "4x4")
     assert chips.split("h100:8") == (1, "h100", "8")
+
+
+def test_the_packing_that_is_advised_fills_256_devices():
+    """A row holds the longest sequence whole, so many rows with few parts each stay nearly empty."""
+    for seq in (1, 2, 4):
+        now = workload.utilization(256, rows=256 // seq, lengths=(23040,))
+        useful, advised, more = workload.better_packing(256, groups=256 // seq, seq=seq, length=23040, longest=23040)
+        assert now < 0.7 and useful >= 0.9 and advised == 8 and len(more) == 3
+    assert workload.better_packing(256, groups=1, seq=8, length=23040, longest=23040) is None

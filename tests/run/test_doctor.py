@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from configs import quickstart
@@ -45,6 +47,26 @@ def test_a_mesh_that_the_devices_do_not_make_up(config):
     found = finding("mesh", config)
     assert not found.ok
     assert "needs a multiple of 3 devices" in found.text
+
+
+def test_a_mesh_with_nearly_empty_rows_names_a_better_one(config, monkeypatch):
+    """256 devices without `seq`."""
+    laid_out = types.SimpleNamespace(
+        shape={"data": 1, "fsdp": 256, "seq": 1, "tensor": 1},
+        devices=np.array([types.SimpleNamespace(platform="cpu")], object),
+    )
+    monkeypatch.setattr(doctor, "mesh_of", lambda config: laid_out)
+    config.packing.rows, config.packing.length = 0, 0
+    config.rl.prompts, config.rl.samples, config.rl.mini_batches = 16, 16, 1
+    config.agent.max_prompt, config.agent.max_response = 2560, 20480
+    said = []
+    useful, cure = doctor.packed(config)
+    assert useful < 0.3 and cure.startswith("mesh.seq=8 with packing.rows=0 and packing.more_lengths=(")
+    assert cure in doctor.mesh(config)
+    monkeypatch.setattr(doctor, "slow_attention", lambda config: "")
+    monkeypatch.setattr(doctor, "_memory", lambda config: [])
+    doctor.preflight(config, said.append, None)
+    assert cure in said[0]
 
 
 def test_too_much_memory_names_the_field(config, monkeypatch):
