@@ -226,7 +226,7 @@ class Sandbox:
     timeout: float = setting(30.0, above=0)
     memory_mb: int = setting(2048, at_least=1)
     max_active: int = setting(
-        0, "concurrent runs; 0: twice the number of cores (embedded), 128 (servers)", resumable=True
+        0, "concurrent runs per process; 0: twice the number of cores (embedded), 128 (servers)", resumable=True
     )
     unsafe_no_isolation: bool = setting(False, "run code although this machine offers no isolation")
 
@@ -247,9 +247,13 @@ class Rollout:
         "the weights with the adapters added",
         choices=("same", "int8", "merged"),
     )
-    concurrency: int = setting(0, "concurrent episodes; 0: `slots` (local), 256 per server (sglang)", resumable=True)
-    servers: tuple = setting((), "sglang: base URLs", resumable=True)
-    launch_servers: int = setting(0, "sglang: number of servers that the run starts and stops itself", resumable=True)
+    concurrency: int = setting(
+        0, "concurrent episodes per process; 0: `slots` (local), 256 per server (sglang)", resumable=True
+    )
+    servers: tuple = setting((), "sglang: base URLs, divided over the processes", resumable=True)
+    launch_servers: int = setting(
+        0, "sglang: number of servers that each process starts and stops itself", resumable=True
+    )
     weights_dir: str = setting(
         "", "sglang: a directory that all servers can read; empty: <run_dir>/weights", path=True, resumable=True
     )

@@ -25,6 +25,7 @@ from open_agentrl_jax.types import UserError
 T = TypeVar("T")
 _calls: collections.Counter[str] = collections.Counter()  # calls per place: each call has keys of its own
 _written: list[str] = []  # this process's keys that others may still have to read
+_GRACE = 5.0  # seconds that the other processes wait longer than process 0, which names the missing ones
 
 
 def agree(facts: Mapping[str, Any], *, seconds: float = 120.0) -> None:
@@ -77,33 +78,66 @@ def code_version() -> str:
 
 
 def exchange(place: str, value: T, *, seconds: float) -> list[T]:
-    """Every process's `value` (JSON), in the order of the processes; see `meet`."""
+    """Every process's `value` (JSON), in the order of the processes; see `meet`.
+
+    Process 0 reads all values and writes one list, which the others read: two messages per process.
+    """
     value = json.loads(json.dumps(value))
     count, me = jax.process_count(), jax.process_index()
     if count == 1:
         return [value]
-    from jax._src import distributed  # the coordinator's store has no public name; orbax imports this one, too
-
-    client: Any = distributed.global_state.client
     _calls[place] += 1
     name = f"open_agentrl_jax/{place}/{_calls[place]}"
-    client.key_value_set(f"{name}/{me}", json.dumps(value))
-    _written.append(f"{name}/{me}")
-    deadline = time.monotonic() + seconds
-    values: list[T] = []
-    missing = []
-    for process in range(count):
-        left = max(100, int(1000 * (deadline - time.monotonic())))
-        try:
-            values.append(json.loads(client.blocking_key_value_get(f"{name}/{process}", left)))
-        except jax.errors.JaxRuntimeError:
-            missing.append(process)
+    _write(f"{name}/{me}", json.dumps(value))
+    if me == 0:
+        deadline = time.monotonic() + seconds
+        found = {process: _read(f"{name}/{process}", deadline) for process in range(count)}
+        _write(f"{name}/all", json.dumps([found, sorted(p for p, text in found.items() if text is None)]))
+    text = _read(f"{name}/all", time.monotonic() + seconds + _GRACE)
+    found, missing = ({}, [0]) if text is None else json.loads(text)
     if missing:
         who = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
         raise UserError(
             f"distributed: {who} of {count} did not come to {place!r} within {seconds:g} s; look at the log there, "
             "and start all of them again with the same command"
         )
-    while len(_written) > 1:  # every process that is here has read all earlier keys
-        client.key_value_delete(_written.pop(0))
-    return values
+    # Process 0 has read the values of this call, and every process the list of the call before.
+    while len(_written) > (1 if me == 0 else 0):
+        _client().key_value_delete(_written.pop(0))
+    return [json.loads(found[str(process)]) for process in range(count)]
+
+
+def raise_flag(name: str) -> None:
+    """Makes `flag_raised(name)` true in all processes, until the end of the run."""
+    if jax.process_count() > 1:
+        _client().key_value_set(f"open_agentrl_jax/flags/{name}", "raised", allow_overwrite=True)
+
+
+def flag_raised(name: str) -> bool:
+    """Whether any process has called `raise_flag(name)`."""
+    if jax.process_count() == 1:
+        return False
+    try:
+        return bool(_client().key_value_try_get(f"open_agentrl_jax/flags/{name}"))
+    except jax.errors.JaxRuntimeError:  # NOT_FOUND
+        return False
+
+
+def _write(key: str, text: str) -> None:
+    _client().key_value_set(key, text)
+    _written.append(key)
+
+
+def _read(key: str, deadline: float) -> str | None:
+    """The value of a key once it is written; None after the deadline."""
+    left = max(100, int(1000 * (deadline - time.monotonic())))
+    try:
+        return _client().blocking_key_value_get(key, left)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the coordinator's store has no public name; orbax imports this one, too
+
+    return distributed.global_state.client

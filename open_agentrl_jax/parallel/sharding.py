@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,15 +132,29 @@ def _without(axes: str | tuple[str, ...], part: str | tuple[str, ...] | None) ->
     return left[0] if len(left) == 1 else left or None
 
 
-def placer(mesh: jax.sharding.Mesh | None) -> Callable[[Any], Any]:
-    """What puts a numpy Batch [m b t], the same in every process, on the devices: rows over data and fsdp, places over
-    seq."""
+def placer(mesh: jax.sharding.Mesh | None, mine: Sequence[int] | None = None, *, rows: int = 0) -> Callable[[Any], Any]:
+    """Returns a function that places a numpy Batch on the devices: rows over data and fsdp, positions over seq.
+
+    Args:
+        mesh: None: one device.
+        mine: the global numbers of the rows that this process's batch [m b t] holds; None: all rows, the same batch in
+            every process.
+        rows: of all processes; needed with `mine`.
+    """
     sharding = None if mesh is None else NamedSharding(mesh, P(None, *TOKENS))
+    held = {row: number for number, row in enumerate(mine or ())}
 
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
         if sharding is None or sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        if mine is None:
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        def part(index: Any) -> np.ndarray:
+            micro, wanted, places = index
+            return x[micro, [held[row] for row in range(*wanted.indices(rows))], places]
+
+        return jax.make_array_from_callback((len(x), rows, x.shape[-1]), sharding, part)
 
     return lambda batch: jax.tree.map(put, batch)

@@ -63,11 +63,12 @@ class Fleet:
         stall_seconds: float,
         api_key: str,
         refit: Refit,
+        loads: bool,
     ):
         """Sends nothing yet; the arguments are those of `SGLangPool`."""
         self._urls, self._replay, self.probe, self._tolerance = list(urls), replay, list(probe), tolerance
         self._deadline, self._outage, self._load_seconds = deadline, outage, load_seconds
-        self._startup, self._api_key = startup_seconds, api_key
+        self._startup, self._api_key, self._loads = startup_seconds, api_key, loads
         self._straggler, self._interval, self._stall = straggler_seconds, interval, stall_seconds
         self._refit = refit
         self.servers: list[Server] = []
@@ -259,14 +260,20 @@ class Fleet:
     async def _load(self, server: Server) -> None:
         version, expected = self.version, self._expected
         if version is None:
-            await server.resume()
+            if self._loads:
+                await server.resume()
             return
         start = len(self.probe) // 2
         probe = self.probe if expected is not None else ()
-        replace = await self._refit.prepare(server, self.path, version, self._load_seconds)
-        server.epoch += 1
-        began = time.monotonic()
-        scored, proof_seconds = await server.load(replace, probe, start)
+        if self._loads:
+            replace = await self._refit.prepare(server, self.path, version, self._load_seconds)
+            server.epoch += 1
+            began = time.monotonic()
+            scored, proof_seconds = await server.load(replace, probe, start)
+        else:
+            server.epoch += 1
+            began = time.monotonic()
+            scored, proof_seconds = await server.loaded(str(version), self._load_seconds, probe, start)
         self.gauges["server_load_seconds"] = time.monotonic() - began - proof_seconds
         tag = await server.weights()
         if tag != str(version):

@@ -35,6 +35,7 @@ import tenacity
 from open_agentrl_jax.rollout.address import base_url, proxy_for
 
 STREAM_INTERVAL = 64  # tokens per piece
+WAIT_SECONDS = 0.2  # between two looks at whether another process has loaded the weights
 READY, PAUSED, UPDATING, DOWN, QUARANTINED = "ready", "paused", "updating", "down", "quarantined"
 
 
@@ -201,6 +202,19 @@ class Server:
             scored = await self.score(late, start)
             proof = time.monotonic() - began
         return scored, proof
+
+    async def loaded(
+        self, version: str, seconds: float, probe: Sequence[int] = (), start: int = 0
+    ) -> tuple[np.ndarray, float]:
+        """As `load`, where another process loads: waits until the server reports `version`, then scores the probe."""
+        began = time.monotonic()
+        while (tag := await self.weights()) != version or await self._status("ready") == 503:
+            if time.monotonic() > began + seconds:
+                raise ServerError(f"it reports weights {tag!r} {seconds:.0f} s after another process loads {version}")
+            await asyncio.sleep(WAIT_SECONDS)
+        began = time.monotonic()
+        scored = await self.score(probe, start) if probe else np.zeros(0, np.float32)
+        return scored, time.monotonic() - began
 
     async def abort(self, rid: str) -> None:
         """Aborts one request; an unknown one is no error."""

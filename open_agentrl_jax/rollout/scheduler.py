@@ -11,6 +11,9 @@ groups may be started. k = 0 is synchronous training: one batch per version, in 
 The bound: batch n is trained at version n, and no group in it was started before version n - k. Nothing is dropped for
 it. A batch waits until it can take so many of the oldest groups that later batches can still take the others in time;
 the capacity law guarantees that this never exceeds one batch.
+
+Several processes divide every batch by position (`Share`). Each has a scheduler of its own, to which "a batch" is its
+share of one; `joined` makes one frontier of theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -52,6 +55,47 @@ class Frontier:
 
     next: int = 0
     pending: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The positions that one of `count` processes plays: every `count`-th place of each batch of `prompts`."""
+
+    prompts: int
+    index: int = 0
+    count: int = 1
+
+    @property
+    def places(self) -> range:
+        """The process's places in a batch; empty if there are more processes than prompts."""
+        return range(self.index, self.prompts, self.count)
+
+    def owns(self, position: int) -> bool:
+        """Whether this process plays `position`."""
+        return position % self.prompts % self.count == self.index
+
+    def following(self, position: int) -> int:
+        """The first own position from `position` on."""
+        while not self.owns(position):
+            position += 1
+        return position
+
+    def pending(self, frontier: Frontier) -> list[int]:
+        """The pending positions that this process plays, whichever process started them."""
+        return sorted(frontier.pending)[self.index :: self.count]
+
+
+def joined(frontiers: Sequence[Frontier], prompts: int) -> Frontier:
+    """The frontier of a run whose processes, in this order, are at `frontiers`.
+
+    Positions that one process has not reached yet are pending if another process is beyond them.
+    """
+    end = max(frontier.next for frontier in frontiers)
+    pending = [position for frontier in frontiers for position in frontier.pending]
+    for index, frontier in enumerate(frontiers):
+        share = Share(prompts, index, len(frontiers))
+        pending += [position for position in range(frontier.next, end) if share.owns(position)]
+    return Frontier(end, sorted(pending))
 
 
 class EventLoop:
@@ -118,15 +162,16 @@ async def play_group(
 
 async def play_all(
     play: Play,
-    tasks: Iterable[Task],
+    tasks: Sequence[Task] | Mapping[int, Task],
     *,
     samples: int,
     concurrency: int,
     on_episode: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """Plays a finite list of problems, `samples` times each; positions are indices of the list."""
+    """Plays a finite number of problems, `samples` times each; positions are indices, or keys of a mapping."""
     limit = asyncio.Semaphore(concurrency)
-    groups = (play_group(play, task, i, samples, limit, on_episode) for i, task in enumerate(tasks))
+    placed = tasks if isinstance(tasks, Mapping) else dict(enumerate(tasks))
+    groups = (play_group(play, task, i, samples, limit, on_episode) for i, task in placed.items())
     return list(await asyncio.gather(*groups))
 
 
@@ -145,6 +190,7 @@ class Scheduler:
         batches: int,
         max_staleness: int = 0,
         filter_groups: bool = False,
+        share: Share | None = None,
         frontier: Frontier | None = None,
         version: int = 0,
         on_episode: Callable[[], None] = lambda: None,
@@ -155,23 +201,26 @@ class Scheduler:
             loop: where episodes run.
             play: plays one episode.
             tasks: the problems.
-            prompts: groups per batch.
+            prompts: groups per batch, over all processes.
             samples: episodes per group.
             concurrency: concurrent episodes.
             batches: of the whole run; groups beyond them are not started.
             max_staleness: weight versions that generation may run ahead.
             filter_groups: drop groups whose raw accuracies are all equal and play the next problem instead.
-            frontier: where a resumed run continues.
+            share: the places of a batch that this process plays; default: all.
+            frontier: where a resumed run continues, over all processes.
             version: weight version that the engine samples from.
             on_episode: called in the loop's thread after each episode.
         """
         frontier = frontier or Frontier()
         self._loop, self._play, self._tasks = loop, play, tasks
-        self._prompts, self._samples, self._batches, self._staleness = prompts, samples, batches, max_staleness
+        self._share = share or Share(prompts)
+        self._prompts, self._drop_limit = len(self._share.places), DROPPED_BATCHES * prompts
+        self._samples, self._batches, self._staleness = samples, batches, max_staleness
         self._filter, self._on_episode, self._concurrency = filter_groups, on_episode, concurrency
-        self._redo, self._next = list(frontier.pending), frontier.next
-        self._version, self._accepted = version, version * prompts
-        self._untrained: set[int] = set(frontier.pending)  # neither trained nor dropped
+        self._redo, self._next = self._share.pending(frontier), frontier.next
+        self._version, self._accepted = version, version * self._prompts
+        self._untrained = set(self._redo)  # neither trained nor dropped
         self._running: set[asyncio.Task] = set()
         self._batch = version  # number of the next batch, which is the version that it trains
         self._born: dict[int, int] = {}  # position -> version at its start, of groups that no batch has taken
@@ -191,7 +240,7 @@ class Scheduler:
         capacity = ahead * self._prompts - (self._accepted + len(self._running))
         for _ in range(capacity):
             with self._lock:
-                position = self._redo.pop(0) if self._redo else self._next
+                position = self._redo.pop(0) if self._redo else self._share.following(self._next)
                 self._next = max(self._next, position + 1)
                 self._untrained.add(position)
                 self._born[position] = self._version
@@ -227,19 +276,18 @@ class Scheduler:
         """Counts a dropped group; False ends the run, because no problem teaches anything any more."""
         self._dropped += 1
         self._dropped_in_a_row += 1
-        limit = DROPPED_BATCHES * self._prompts
         message = (
             f"rl.filter_groups: all samples have the same accuracy in {self._dropped_in_a_row} consecutive problems; "
             "choose problems of medium difficulty (launch.curate), or set rl.filter_groups to False"
         )
-        if self._dropped_in_a_row == limit // 8:
+        if self._dropped_in_a_row == self._drop_limit // 8:
             log.warning("%s", message)
-        if self._dropped_in_a_row >= limit:
+        if self._dropped_in_a_row >= self._drop_limit:
             self._done.put(NothingToLearn(message))
-        return self._dropped_in_a_row < limit
+        return self._dropped_in_a_row < self._drop_limit
 
     def next_batch(self, check: Callable[[], None] = lambda: None) -> list[Group]:
-        """Waits for the next `prompts` groups and returns them in the order of their positions.
+        """Waits for this process's share of the next batch and returns it in the order of the positions.
 
         Args:
             check: called twice per second while waiting; may raise to stop. No group is lost by that: groups that were
@@ -248,7 +296,7 @@ class Scheduler:
         Raises:
             NothingToLearn: `filter_groups` finds nothing to train on.
         """
-        while True:
+        while self._prompts:
             check()
             if groups := self._take():
                 return sorted(groups, key=lambda group: group.position)
@@ -259,6 +307,7 @@ class Scheduler:
             if isinstance(item, BaseException):
                 raise item
             self._ready.append(item)
+        return []
 
     def _take(self) -> list[Group]:
         """The groups of the next batch, oldest first; empty while the batch must wait."""

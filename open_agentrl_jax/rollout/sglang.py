@@ -70,6 +70,7 @@ class SGLangPool:
         stall_seconds: float = 30.0,
         api_key: str = "",
         refit: Refit | None = None,
+        loads: bool = True,
     ):
         """Sends nothing yet.
 
@@ -91,6 +92,7 @@ class SGLangPool:
             stall_seconds: without a token from a busy server, after which it must prove that it generates.
             api_key: sent as a bearer token; empty: none.
             refit: how weights reach the servers; None: they read files.
+            loads: False: another process of the run loads the weights of these servers; this pool waits for them.
 
         Raises:
             UserError: no URL, a malformed one, or one that appears twice.
@@ -115,6 +117,7 @@ class SGLangPool:
             stall_seconds=stall_seconds,
             api_key=api_key,
             refit=self._refit,
+            loads=loads,
         )
         self._counts = self.fleet.counts
         self._homes: dict[str, Server] = {}

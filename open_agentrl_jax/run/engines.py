@@ -61,10 +61,10 @@ def check_generation(config: Config) -> None:
     if rollout.launch_servers:
         servers.interpreter(rollout.server_kind)
     key = api_key(rollout.api_key_env)
-    if rollout.servers:
+    if urls := own_servers(config)[0]:
 
         async def reach() -> None:
-            pool = _pool_class()(rollout.servers, vocab_size=1, startup_seconds=rollout.startup_seconds, api_key=key)
+            pool = _pool_class()(urls, vocab_size=1, startup_seconds=rollout.startup_seconds, api_key=key)
             try:
                 await pool.open()
             finally:
@@ -83,7 +83,7 @@ def _reported(action: Callable[[], Any]) -> Any:
 def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
     from open_agentrl_jax.rollout.local import LocalEngine
 
-    # With several processes the engine takes the whole weights on one device: it cannot use devices of the others.
+    # With several processes each has an engine with the whole weights on one of its own devices.
     mesh = policy.mesh if jax.process_count() == 1 else None
     model, weights = policy.config, config.rollout.weights
     if weights == "merged":
@@ -95,8 +95,6 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
         return processes.whole(lora.merge(params, policy.config) if model.lora is None else params)
 
     params = sampled(policy.params)
-    if not processes.first():
-        return _follower(lambda params, version: sampled(params))
     engine = LocalEngine(
         params,
         model,
@@ -122,22 +120,16 @@ def _local(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> 
     )
 
 
-def _follower(publish: Callable[[Any, int], Any]) -> Generation:
-    """The part of a process that plays no episodes: it takes part in publishing only."""
-    nothing: Any = None
-    return Generation(nothing, nothing, publish, 0, dict, lambda: None)
-
-
 def launch_servers(
-    config: Config, model_path: str | Path, log_dir: Path
+    config: Config, model_path: str | Path, log_dir: Path, urls: tuple[str, ...]
 ) -> tuple[servers.LaunchedServers | None, tuple[str, ...]]:
-    """Starts the servers of `rollout.launch_servers` and returns them with all server addresses of the config.
+    """Starts the servers of `rollout.launch_servers` and returns them, and their addresses after `urls`.
 
     Raises:
         UserError: a server is not installed or does not start.
     """
     rollout = config.rollout
-    urls, count = tuple(rollout.servers), rollout.launch_servers
+    count = rollout.launch_servers
     if not count:
         return None, urls
     context = config.agent.max_prompt + config.agent.max_response
@@ -157,6 +149,23 @@ def launch_servers(
         launched.close()
         raise
     return launched, urls + tuple(launched.urls)
+
+
+def own_servers(config: Config, *, one_loads: bool = False) -> tuple[tuple[str, ...], bool]:
+    """The servers of `rollout.servers` that this process uses, and whether it loads their weights.
+
+    Processes divide the servers. With more processes than servers several use one, and the first of them loads.
+
+    Args:
+        config: with the addresses of all servers.
+        one_loads: the first process loads all servers, because only it has the weights; then all processes use all.
+    """
+    urls, index, count = tuple(config.rollout.servers), jax.process_index(), jax.process_count()
+    if one_loads:
+        return urls, index == 0
+    if not urls or config.rollout.launch_servers:
+        return urls[index::count], True
+    return urls[index % len(urls) :: min(count, len(urls))], index < len(urls)
 
 
 def _device_flags(config: Config) -> list[tuple[str, ...]]:
@@ -240,6 +249,8 @@ def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path
     sender = None if way == refit.FILES or python is None else refit.Sender(python, seconds=600)
     # A server that somebody else started may see another /dev/shm than this process.
     in_memory = room and not rollout.weights_dir and (sender is not None or not rollout.servers)
+    if rollout.launch_servers and jax.process_count() > 1:
+        in_memory = False  # the servers on other machines read the folder, too
     folder = refit.MemoryFolder() if in_memory else None
     root = folder.path if folder else Path(rollout.weights_dir or directory / "weights")
     log.warning("rollout.refit: %s (%s); versions are published in %s", way, reason, root)
@@ -250,9 +261,11 @@ def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) ->
     from open_agentrl_jax.train.publish import publish_weights, start_replay
 
     rollout = config.rollout
-    refit, root, memory = _refit(config, policy, directory) if processes.first() else (None, directory, None)
+    refit, root, memory = processes.in_all(
+        lambda: _refit(config, policy, directory) if processes.first() else (None, directory, None)
+    )
     shared = processes.share(memory is None)
-    root = processes.share(root) if shared else root
+    root = Path(processes.share(str(root)))
     proof: dict[str, Callable[[], np.ndarray]] = {}  # log-probs of the probe under the published weights
 
     model = lora.without(policy.config)  # servers get adapters merged
@@ -261,40 +274,44 @@ def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) ->
         source = policy.tokenizer_path
         return str(publish_weights(merged, model, root, version, tokenizer_from=source, shared=shared))
 
-    def follow(params: Any, version: int, probe: Sequence[int]) -> str:
-        merged = lora.merge(policy.whole(params), policy.config)
-        path = write(merged, version)
-        proof["logprobs"] = start_replay(merged, model, probe)  # on all processes, while servers load
-        return path
-
     with contextlib.ExitStack() as opened:
         if memory is not None:
             opened.callback(memory.close)
         weights = write(lora.merge(policy.whole(), policy.config), 0) if rollout.launch_servers else ""
-        if not processes.first():
-            probe = processes.share([0])
-            return _follower(lambda params, version: follow(params, version, probe))
-        launched, urls = launch_servers(config, weights, directory / "servers")
-        if launched is not None:
-            opened.callback(launched.close)
-        vocabulary = policy.config.vocab_size
-        pool = open_pool(config, urls, loop, vocab_size=vocabulary, replay=lambda ids: proof["logprobs"](), refit=refit)
-        opened.callback(lambda: loop.run(pool.close()))
-        processes.share(pool.probe)
+        own, loads = own_servers(config, one_loads=not shared)
+
+        def open_servers() -> SGLangPool:
+            logs = directory / "servers" / ("" if jax.process_count() == 1 else str(jax.process_index()))
+            launched, urls = launch_servers(config, weights, logs, own)
+            if launched is not None:
+                opened.callback(launched.close)
+            settings: dict[str, Any] = {"vocab_size": policy.config.vocab_size, "refit": refit, "loads": loads}
+            pool = open_pool(config, urls, loop, replay=lambda ids: proof["logprobs"](), **settings)
+            opened.callback(lambda: loop.run(pool.close()))
+            return pool
+
+        pool = processes.in_all(open_servers)
         close = opened.pop_all().close
 
     def publish(params: Any, version: int) -> None:
-        path = follow(params, version, pool.probe)
-        try:
-            loop.run(pool.update_weights(path, version))
-        except EngineError as error:  # no episode can be played without weights; the run can be continued later
-            raise UserError(f"rollout.servers: none has the weights of step {version}: {error}") from error
+        merged = lora.merge(policy.whole(params), policy.config)
+        path = write(merged, version)
+        proof["logprobs"] = start_replay(merged, model, pool.probe)  # on all processes, while servers load
+
+        def load() -> None:
+            try:
+                loop.run(pool.update_weights(path, version))
+            except EngineError as error:  # no episode can be played without weights; the run can be continued later
+                raise UserError(f"rollout.servers: none has the weights of step {version}: {error}") from error
+
+        processes.in_all(load)
 
     return Generation(
         engine=pool,
         evaluation=pool.for_evaluation(),
         publish=publish,
-        concurrency=rollout.concurrency or 256 * len(urls),
+        concurrency=rollout.concurrency
+        or max(1, 256 * len(rollout.servers) // jax.process_count() + 256 * rollout.launch_servers),
         metrics=pool.metrics,
         close=close,
     )

@@ -2,7 +2,7 @@
 
 A run resumes in this order: (1) the run directory, restored from `checkpoint.copy_to` if it is missing, must belong to
 the same config and data; (2) the newest readable checkpoint gives parameters, optimizer, counters and progress;
-(3) metrics.jsonl and trajectories.jsonl are truncated to their length at that checkpoint; (4) SFT or RL continues with
+(3) metrics.jsonl and the trajectory files are cut to their length at that checkpoint; (4) SFT or RL continues with
 the next step; (5) problems that were started but not trained are played again, with the same random draws.
 """
 
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config, Optim, to_dict
@@ -42,7 +44,7 @@ from open_agentrl_jax.run.world import World, open_world
 from open_agentrl_jax.storage import read_text
 from open_agentrl_jax.telemetry.report import write_report
 from open_agentrl_jax.telemetry.screen import Screen, curve
-from open_agentrl_jax.telemetry.writer import Silent, Writer
+from open_agentrl_jax.telemetry.writer import TrajectoryWriter, Writer
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
 from open_agentrl_jax.train.mirror import Mirror
@@ -78,23 +80,23 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
             check_target(directory / made)
         preflight(config, screen.say, screen.table)
         folder = open_folder(config, directory)
-        if processes.first() and (config.rl.steps or config.rl.epochs or config.data.eval):
-            check_generation(config)  # reports missing servers now, not after SFT
+        if config.rl.steps or config.rl.epochs or config.data.eval:
+            processes.in_all(lambda: check_generation(config))  # reports missing servers now, not after SFT
         loop = EventLoop()
         stack.callback(loop.close)
-        world: Any = open_world(config) if processes.first() else None
-        if world is not None:
-            stack.callback(lambda: loop.run(world.close()))
+        world = processes.in_all(lambda: open_world(config))
+        stack.callback(lambda: loop.run(world.close()))
         kept = config.checkpoint
         checkpoints = Checkpoints(directory / "checkpoints", keep=kept.keep, keep_best=kept.keep_best, mirror=mirror)
         stack.callback(checkpoints.close)
-        chat = make_chat(config, folder.tokenizer, processes.share(world.schemas if world else []))
+        chat = make_chat(config, folder.tokenizer, world.schemas)
+        agreement.agree({"tools": world.schemas})
         processes.first_then_all(lambda: processes.first() and claim_data(directory, config))
         tasks, held_out, conversations = load_data(config, directory, chat, world, loop, screen)
         policy = load_policy(config, folder)  # after the data, because weights take longest
         sft_steps, rl_steps = steps_of(config, len(conversations), len(tasks))
         state, progress = restore(config, checkpoints, policy, sft_steps, rl_steps, screen)
-        writer = open_writer(config, directory, progress, chat.tools) if processes.first() else Silent()
+        writer = open_writer(config, directory, progress, chat.tools)
         run = OpenRun(config, directory, policy, chat, loop, world, screen, writer, checkpoints, stopper, profile)
         try:
             with contextlib.closing(writer):
@@ -164,9 +166,12 @@ def open_mirror(config: Config) -> Mirror | None:
 
 
 def open_writer(config: Config, directory: Path, progress: Progress, tools: Sequence[dict[str, Any]]) -> Writer:
-    """The run's files, truncated to their length at `progress`."""
+    """The files that this process writes, truncated to their length at `progress`."""
+    if not processes.first():
+        return TrajectoryWriter(directory, jax.process_index(), offsets=progress.offsets, tools=tools)
     return Writer(
         directory,
+        processes=jax.process_count(),
         offsets=progress.offsets,
         tools=tools,
         tensorboard=config.telemetry.tensorboard,
@@ -177,7 +182,7 @@ def open_writer(config: Config, directory: Path, progress: Progress, tools: Sequ
 
 
 def load_data(
-    config: Config, directory: Path, chat: Chat, world: World | None, loop: EventLoop, screen: Screen
+    config: Config, directory: Path, chat: Chat, world: World, loop: EventLoop, screen: Screen
 ) -> tuple[Mixture[Task], list[Task], Mixture[Any]]:
     """Training problems, held-out problems and SFT conversations, as far as the config uses them."""
     tasks, conversations = Mixture[Task]([], []), Mixture[Any]([], [])
@@ -192,8 +197,9 @@ def load_data(
     for note in notes:
         screen.say(note)
     if config.data.sft and (config.sft.steps or config.sft.epochs):
-        sandbox: Any = world and world.sandbox
-        conversations = processes.first_then_all(lambda: inputs.demonstrations(config, directory, sandbox, loop.run))
+        conversations = processes.first_then_all(
+            lambda: inputs.demonstrations(config, directory, world.sandbox, loop.run)
+        )
     return tasks, held_out, conversations
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run.policy import Policy
+from open_agentrl_jax.run.world import World
 from open_agentrl_jax.telemetry.screen import Screen
 from open_agentrl_jax.telemetry.writer import Writer
 from open_agentrl_jax.train.checkpoint import Checkpoints
@@ -27,7 +27,7 @@ class OpenRun:
     policy: Policy
     chat: Chat
     loop: EventLoop
-    world: Any  # a World; None in all processes but the first
+    world: World
     screen: Screen
     writer: Writer
     checkpoints: Checkpoints

@@ -1,7 +1,8 @@
-"""The phases of a run: SFT, then evaluation, RL and evaluation. With several processes, the first one plays."""
+"""The phases of a run: SFT, then evaluation, RL and evaluation. Every process plays its share of the episodes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,10 @@ import jax
 
 from open_agentrl_jax.data.loader import Mixture, task_stream
 from open_agentrl_jax.models import hf, peft
-from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.parallel.sharding import placer
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
+from open_agentrl_jax.rollout.scheduler import Share
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.run.engines import open_generation
 from open_agentrl_jax.run.opened import OpenRun
@@ -25,6 +26,7 @@ from open_agentrl_jax.train.learner import Learner
 from open_agentrl_jax.train.loop import HeldOut, train_rl
 from open_agentrl_jax.train.optimizer import Optimizer, make_optimizer, rates
 from open_agentrl_jax.train.sft import train_sft
+from open_agentrl_jax.train.shares import rows_of
 from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
 from open_agentrl_jax.types import Task, UserError
 
@@ -74,8 +76,8 @@ def run_rl(
         return params
     optimizer = make_optimizer(rl.optim, steps * rl.mini_batches)
     generation = open_generation(config, run.policy, run.loop, run.directory)
-    rollouts = SharedRollouts(None, config.agent.max_errors)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(generation.close)
         generation.publish(params, progress.step)
         evaluate = evaluator(run, generation, held_out) if held_out else None
         if progress.step == 0 and evaluate is not None:
@@ -89,8 +91,10 @@ def run_rl(
             learner = make_learner(run, state, optimizer, steps)
             if rl.loss.kl_coef > 0:
                 learner.reference = reference_policy(run, params, begins=progress.step == 0)
-            if processes.first():
-                rollouts.scheduler = open_scheduler(run, generation, tasks, steps, progress)
+            rollouts = SharedRollouts(
+                open_scheduler(run, generation, tasks, steps, progress), rl.prompts, config.agent.max_errors
+            )
+            stack.callback(rollouts.close)
             state = train_rl(
                 learner,
                 rollouts,
@@ -104,9 +108,6 @@ def run_rl(
         if steps and evaluate is not None:
             evaluate(steps)
         return state.params
-    finally:
-        rollouts.close()
-        generation.close()
 
 
 def refuse_weak_start(accuracy: float | None, least: float) -> None:
@@ -130,16 +131,21 @@ def make_learner(run: OpenRun, state: states.TrainState, optimizer: Optimizer, s
         token_count=behaviour.rl_token_count,
         temperature=temperature,
     )
+    packing = choose_packing(config, config.agent.max_prompt + config.agent.max_response, run.policy.mesh)
+    rows = rows_of(run.policy.mesh, packing.rows)
+    count = jax.process_count()
     alone = (lambda function: function) if run.policy.mesh is None else exclusive
     return Learner(
         state=state,
         step=alone(functools.partial(step, frozen=run.policy.frozen)),
         score=alone(functools.partial(make_score(model, temperature=temperature), frozen=run.policy.frozen)),
-        place=placer(run.policy.mesh),
+        place=placer(run.policy.mesh, rows.mine, rows=packing.rows),
         advantages=behaviour.advantages,
         rl=config.rl,
-        packing=choose_packing(config, config.agent.max_prompt + config.agent.max_response, run.policy.mesh),
+        packing=packing,
         rates=rates(config.rl.optim, steps * config.rl.mini_batches),
+        places=[Share(config.rl.prompts, index, count).places for index in range(count)],
+        rows=rows,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from open_agentrl_jax.agent import episode
@@ -76,7 +76,7 @@ class Player:
 
 def play_through(
     player: Play,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | Mapping[int, Task],
     samples: int,
     concurrency: int,
     loop: EventLoop,
@@ -87,7 +87,7 @@ def play_through(
 
     Args:
         player: plays one episode.
-        tasks: problems.
+        tasks: problems; the keys of a mapping are their positions.
         samples: episodes per problem.
         concurrency: concurrent episodes.
         loop: where episodes run.

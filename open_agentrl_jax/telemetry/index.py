@@ -6,6 +6,7 @@ A run that was killed, or a full disk, leaves damaged lines behind. They are ski
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import zlib
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from open_agentrl_jax.storage import read_bytes, retry_reads
 from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.telemetry.tokens import unpack_tokens
+from open_agentrl_jax.telemetry.writer import trajectory_files
 from open_agentrl_jax.types import UserError
 
 COLUMNS = ("step", "phase", "problem", "sample", "reward", "accuracy", "stop", "calls", "good", "length")
@@ -23,26 +25,30 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, Recursion
 
 @dataclasses.dataclass
 class Table:
-    """The index of a trajectories.jsonl: one row per readable line. `update` follows the file as it grows."""
+    """The index of a trajectories.jsonl and of the files that further processes wrote beside it.
 
-    path: Path
+    It has one row per readable line. `update` follows the files as they grow.
+    """
+
+    path: Path  # of the first process
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=lambda: {name: [] for name in COLUMNS})
-    places: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # first byte and length of each row
+    places: list[tuple[Path, int, int]] = dataclasses.field(default_factory=list)  # file, first byte and length
     damaged: int = 0  # lines
-    _end: int = 0  # of the last whole line that was read, in bytes
-    _last: bytes = b""
+    _read: dict[Path, tuple[int, bytes]] = dataclasses.field(default_factory=dict)  # end and text of the last line
 
     @retry_reads
     def update(self) -> None:
-        """Reads the new whole lines; begins again if the file was cut or replaced."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            if self._last:
-                file.seek(self._end - len(self._last))
-                if file.read(len(self._last)) != self._last:
-                    self.__init__(self.path)
-            file.seek(self._end)
+        """Reads the new whole lines; begins again if a file was cut or replaced."""
+        paths = [path for path in trajectory_files(self.path) if path.exists()]
+        if any(_replaced(path, *self._read.get(path, (0, b""))) for path in paths):
+            self.__init__(self.path)
+        for path in paths:
+            self._follow(path)
+
+    def _follow(self, path: Path) -> None:
+        end, last = self._read.get(path, (0, b""))
+        with open(path, "rb") as file:
+            file.seek(end)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
@@ -51,25 +57,26 @@ class Table:
                 else:
                     for name, value in row.items():
                         self.columns[name].append(value)
-                    self.places.append((self._end, len(line)))
-                self._end += len(line)
-                self._last = line
+                    self.places.append((path, end, len(line)))
+                end, last = end + len(line), line
+        self._read[path] = end, last
 
     def __len__(self) -> int:
         return len(self.places)
 
     def sizes(self) -> list[int]:
         """Bytes of each row."""
-        return [size for _, size in self.places]
+        return [size for *_, size in self.places]
 
     @retry_reads
     def read(self, first: int, end: int) -> bytes:
         """The lines of the rows first .. end - 1."""
         lines = []
-        with open(self.path, "rb") as file:
-            for start, size in self.places[first:end]:
-                file.seek(start)
-                lines.append(file.read(size))
+        for path, places in itertools.groupby(self.places[first:end], key=lambda place: place[0]):
+            with open(path, "rb") as file:
+                for _, start, size in places:
+                    file.seek(start)
+                    lines.append(file.read(size))
         return b"".join(lines)
 
     def groups(self) -> list[tuple[int, int]]:
@@ -78,6 +85,13 @@ class Table:
         keys = list(zip(c["phase"], c["step"], c["problem"], strict=True))
         edges += [i for i in range(1, len(self)) if keys[i] != keys[i - 1] or c["sample"][i] <= c["sample"][i - 1]]
         return list(zip(edges, [*edges[1:], len(self)], strict=True)) if len(self) else []
+
+
+def _replaced(path: Path, end: int, last: bytes) -> bool:
+    """Whether the file no longer has the line `last` before the byte `end`."""
+    with open(path, "rb") as file:
+        file.seek(end - len(last))
+        return file.read(len(last)) != last
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

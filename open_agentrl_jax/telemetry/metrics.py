@@ -1,4 +1,7 @@
-"""Numbers of a batch of episodes, under the field's names."""
+"""Metrics of a batch of episodes, under the field's names.
+
+Each process makes a table of its episodes; the metrics are computed from the tables of all processes.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,80 @@ import numpy as np
 
 from open_agentrl_jax.types import Group
 
+EPISODE = np.dtype(
+    [
+        *((name, "?") for name in ("aborted", "cut", "equal", "retried")),
+        *((name, "f8") for name in ("reward", "accuracy", "response_length", "prompt_length", "num_turns")),
+        *((name, "f8") for name in ("tool_calls", "tool_success", "seconds")),
+        *((name, "i8") for name in ("tokens", "sampled", "age", "oldest")),
+    ]
+)
+COPIED = ("response_length", "prompt_length", "num_turns", "tool_calls", "tool_success", "seconds")
 
-def rollout_metrics(groups: Sequence[Group], *, version: int | None = None) -> dict[str, float]:
-    """Means over the episodes that were graded; what the infrastructure lost is only counted.
+
+def episode_table(groups: Sequence[Group], *, version: int | None = None) -> np.ndarray:
+    """One row of dtype EPISODE per trajectory.
 
     Args:
-        groups: the batch.
-        version: the trainer's weight version, for staleness.
+        groups: played by this process.
+        version: the trainer's weight version, for staleness; None: not measured.
     """
-    everyone = [t for group in groups for t in group.trajectories]
-    graded = [t for t in everyone if not t.aborted]
+    table = np.zeros(sum(len(group.trajectories) for group in groups), EPISODE)
+    for row, (group, t) in zip(table, ((g, t) for g in groups for t in g.trajectories), strict=True):
+        row["aborted"], row["cut"], row["equal"] = t.aborted, t.stop == "length", group.all_equal
+        row["retried"] = t.metrics.get("attempts", 1) > 1
+        row["reward"], row["accuracy"] = t.reward, t.accuracy
+        row["tokens"] = sum(len(sequence.tokens) for sequence in t.sequences)
+        for name in COPIED:
+            row[name] = t.metrics.get(name, 0.0)
+        if version is not None:
+            for sequence in t.sequences:
+                ages = version - sequence.versions[sequence.versions >= 0]
+                row["sampled"] += len(ages)
+                row["age"] += ages.sum()
+                row["oldest"] = max(row["oldest"], ages.max(initial=0))
+    return table
+
+
+def rollout_metrics(episodes: np.ndarray) -> dict[str, float]:
+    """Means over the graded episodes; those that the infrastructure lost are only counted.
+
+    Args:
+        episodes: see `episode_table`.
+    """
     metrics = {
-        "episodes": float(len(everyone)),
-        "episodes/aborted": float(len(everyone) - len(graded)),
-        "episodes/retried": float(sum(t.metrics.get("attempts", 1) > 1 for t in everyone)),
+        "episodes": float(len(episodes)),
+        "episodes/aborted": float(episodes["aborted"].sum()),
+        "episodes/retried": float(episodes["retried"].sum()),
     }
-    if not graded:
+    graded = episodes[~episodes["aborted"]]
+    if not len(graded):
         return metrics
-    rewards = np.array([t.reward for t in graded])
-    lengths = np.array([t.metrics["response_length"] for t in graded])
-    calls = np.array([t.metrics["tool_calls"] for t in graded])
-    succeeded = sum(t.metrics["tool_success"] for t in graded)
+    column = {name: np.ascontiguousarray(graded[name]) for name in EPISODE.names or ()}
+    rewards, lengths, calls = column["reward"], column["response_length"], column["tool_calls"]
     metrics |= {
         "reward/mean": rewards.mean(),
         "reward/std": rewards.std(),
         "reward/min": rewards.min(),
         "reward/max": rewards.max(),
-        "accuracy/mean": float(np.mean([t.accuracy for t in graded])),
+        "accuracy/mean": column["accuracy"].mean(),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response_length/min": lengths.min(),
-        "response_length/clip_ratio": float(np.mean([t.stop == "length" for t in graded])),
-        "prompt_length/mean": float(np.mean([t.metrics["prompt_length"] for t in graded])),
-        "num_turns/mean": float(np.mean([t.metrics["num_turns"] for t in graded])),
+        "response_length/clip_ratio": column["cut"].mean(),
+        "prompt_length/mean": column["prompt_length"].mean(),
+        "num_turns/mean": column["num_turns"].mean(),
         "tool_calls/mean": calls.mean(),
-        "tool_calls/none": float((calls == 0).mean()),
-        "tool_success/mean": float(succeeded / calls.sum()) if calls.sum() else 0.0,
-        "groups/equal": float(np.mean([group.all_equal for group in groups])),
+        "tool_calls/none": (calls == 0).mean(),
+        "tool_success/mean": column["tool_success"].sum() / calls.sum() if calls.sum() else 0.0,
+        "groups/equal": episodes["equal"].mean(),
     }
-    if version is not None:
-        sampled = [s.versions[s.versions >= 0] for t in graded for s in t.sequences]
-        ages = version - np.concatenate(sampled)
-        metrics |= {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
+    if sampled := column["sampled"].sum():
+        metrics |= {"staleness/mean": column["age"].sum() / sampled, "staleness/max": column["oldest"].max()}
     return {name: float(value) for name, value in metrics.items()}
 
 
-def wall_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Times of the episodes, in seconds; they are kept apart since no two runs agree on them."""
-    seconds = [t.metrics.get("seconds", 0.0) for group in groups for t in group.trajectories]
-    return {"time/episode_mean": float(np.mean(seconds)), "time/episode_max": float(np.max(seconds))} if seconds else {}
+def wall_metrics(episodes: np.ndarray) -> dict[str, float]:
+    """Times of the episodes in seconds, kept apart because no two runs agree on them."""
+    seconds = episodes["seconds"]
+    return {"time/episode_mean": seconds.mean(), "time/episode_max": seconds.max()} if len(seconds) else {}

@@ -1,7 +1,9 @@
-"""Writes a run's numbers and texts: metrics.jsonl and trajectories.jsonl, and TensorBoard and wandb if configured.
+"""Writes a run's metrics and trajectories: metrics.jsonl, trajectories.jsonl, and TensorBoard and wandb if configured.
 
-Both files only grow, by whole lines. A checkpoint records their lengths; a resumed run cuts off what was written after
-it, so that the files read as if the run had never stopped.
+Each further process of a run writes the trajectories that it plays to a file of its own, trajectories-<process>.jsonl.
+
+The files grow by whole lines. A checkpoint records their lengths, and a resumed run cuts off what was written after it:
+the files read as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +23,26 @@ from open_agentrl_jax.telemetry.redact import redact
 from open_agentrl_jax.telemetry.tokens import pack_tokens
 from open_agentrl_jax.types import Group, UserError
 
-FILES = ("metrics.jsonl", "trajectories.jsonl")
+METRICS = "metrics.jsonl"
+PART = re.compile(r"trajectories-([1-9]\d*)\.jsonl")
 BLOCK = 1 << 16  # bytes
 
 logger = logging.getLogger(__name__)
+
+
+def trajectory_file(process: int) -> str:
+    """The name of the file that a process writes its trajectories to."""
+    return f"trajectories-{process}.jsonl" if process else "trajectories.jsonl"
+
+
+def trajectory_files(path: Path) -> list[Path]:
+    """The trajectory files of a run in the order of the processes, given that of the first, which may be missing."""
+    parts = [part for part in path.parent.glob(f"{path.stem}-*.jsonl") if PART.fullmatch(part.name)]
+    return [path, *sorted(parts, key=_process_of)]
+
+
+def _process_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 class Writer:
@@ -33,6 +52,7 @@ class Writer:
         self,
         directory: str | os.PathLike[str],
         *,
+        processes: int = 1,
         offsets: Mapping[str, int] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         tensorboard: bool = False,
@@ -44,6 +64,7 @@ class Writer:
 
         Args:
             directory: the run directory.
+            processes: of the run; all but the first use TrajectoryWriter.
             offsets: length of each file in bytes; missing ones are emptied. A file that is shorter than this is cut at
                 its last whole line, with a warning.
             tools: schemas of the tools that the model may call, for trajectories.jsonl.
@@ -57,7 +78,7 @@ class Writer:
         """
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._tools = list(tools)
+        self._tools, self._trajectories = list(tools), trajectory_file(0)
         self._board = _open_board if tensorboard else None
         self._boards: dict[str, Any] = {}
         self._wandb = None
@@ -72,13 +93,19 @@ class Writer:
                 config=redact(dict(config or {})),
                 resume="allow",
             )
-        self._files = {name: _open_cut(self._directory / name, (offsets or {}).get(name, 0)) for name in FILES}
-        self._steps, self._lines = _position(self._directory / "metrics.jsonl")
+        # Files of processes that the run no longer has are cut as well; they stay open for `offsets` alone.
+        older = [
+            path.name
+            for path in trajectory_files(self._directory / trajectory_file(0))[1:]
+            if _process_of(path) >= processes
+        ]
+        self._open((METRICS, trajectory_file(0), *older), offsets)
+        self._steps, self._lines = _position(self._directory / METRICS)
 
     def metrics(self, step: int, phase: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Appends one line; numbers that are not finite are written as null, which every JSON reader accepts."""
         numbers = {name: _number(value) for name, value in values.items()}
-        self._append("metrics.jsonl", {"step": step, "phase": phase, **numbers})
+        self._append(METRICS, {"step": step, "phase": phase, **numbers})
         shown = {f"{phase}/{name}": value for name, value in numbers.items() if isinstance(value, int | float)}
         if self._board is not None:
             if phase not in self._boards:  # one log per phase, as each has steps of its own to purge
@@ -101,7 +128,7 @@ class Writer:
             for sample, trajectory in enumerate(group.trajectories):
                 tokens = [pack_tokens(sequence) for sequence in trajectory.sequences]
                 self._append(
-                    "trajectories.jsonl",
+                    self._trajectories,
                     {
                         "step": step,
                         "phase": phase,
@@ -136,20 +163,33 @@ class Writer:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _open(self, names: Iterable[str], offsets: Mapping[str, int] | None) -> None:
+        self._files = {name: _open_cut(self._directory / name, (offsets or {}).get(name, 0)) for name in names}
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
         self._files[name].write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         self._files[name].flush()
 
 
-class Silent(Writer):
-    """Writes nothing: for all processes but the first."""
+class TrajectoryWriter(Writer):
+    """Writes the trajectories of any process but the first, to a file of its own, and no metrics."""
 
-    def __init__(self) -> None:
-        self._board = self._wandb = None
-        self._boards, self._files, self._tools, self._lines = {}, {}, [], 0
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        process: int,
+        *,
+        offsets: Mapping[str, int] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ):
+        """Opens the file of `process` and cuts it; see Writer."""
+        self._directory, self._tools, self._trajectories = Path(directory), list(tools), trajectory_file(process)
+        self._boards, self._wandb = {}, None
+        self._open((self._trajectories,), offsets)
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        pass
+    def metrics(self, step: int, phase: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes nothing."""
+        return {}
 
 
 def _import(module: str, field: str, extra: str) -> Any:

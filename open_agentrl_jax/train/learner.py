@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from open_agentrl_jax.config import RL, Packing
-from open_agentrl_jax.train.packing import Batch, Example, pack_mini_batch
+from open_agentrl_jax.train.packing import Batch, Example
+from open_agentrl_jax.train.shares import Rows, micro_batches_of, pack_share
 from open_agentrl_jax.train.state import TrainState
 from open_agentrl_jax.types import Group
 
@@ -47,22 +49,32 @@ class Learner:
     rl: RL
     packing: Packing
     rates: np.ndarray  # learning rate of every update
+    places: Sequence[Sequence[int]]  # of each process's groups in a batch; see rollout.scheduler.Share
+    rows: Rows  # of a micro-batch that each process packs
     reference: Any = None  # parameters of the reference policy, if the loss has a KL term
     idle: int = 0  # steps in a row in which no token was trained
 
     def pack(self, groups: Sequence[Group]) -> tuple[list[MiniBatch], float]:
-        """The mini-batches of a step that hold a token, and the share of their places that is occupied."""
-        rewards = np.array([[t.reward for t in group.trajectories] for group in groups], np.float32)
-        valid = np.array([[not t.aborted for t in group.trajectories] for group in groups])
+        """The mini-batches of a step that hold a token, and the share of their places that is occupied.
+
+        Args:
+            groups: those of this process, in the order of its places in the batch.
+        """
+        shape = (len(groups), self.rl.samples)
+        rewards = np.array([t.reward for group in groups for t in group.trajectories], np.float32).reshape(shape)
+        valid = np.array([not t.aborted for group in groups for t in group.trajectories], bool).reshape(shape)
         rows = self.advantages(rewards, normalize_std=self.rl.loss.normalize_std, valid=valid)
-        share = self.rl.prompts // self.rl.mini_batches
+        count = self.rl.mini_batches
+        numbers = [[place * count // self.rl.prompts for place in places] for places in self.places]
+        sequences = [max(part.count(n) for n in range(count)) * self.rl.samples for part in numbers]
+        micro_batches, mine = micro_batches_of(sequences, self.rows), numbers[jax.process_index()]
         packed = []
-        for start in range(0, self.rl.prompts, share):
-            part = slice(start, start + share)
-            made = examples(groups[part], rows[part])
-            packed.append(pack_mini_batch(made, self.packing, sequences=share * self.rl.samples))
-        useful = float(np.mean([batch.useful for batch, _ in packed]))
-        return [(self.place(batch), np.int32(used)) for batch, used in packed if used], useful
+        for number in range(count):
+            part = [i for i, n in enumerate(mine) if n == number]
+            made = examples([groups[i] for i in part], rows[part])
+            packed.append(pack_share(made, self.packing, self.rows, micro_batches=micro_batches))
+        useful = float(np.mean([share for *_, share in packed]))
+        return [(self.place(batch), np.int32(used)) for batch, used, _ in packed if used], useful
 
     def with_logprobs(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Adds the trainer's own log-probs, and those of the reference policy, where the loss uses them."""

@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from open_agentrl_jax.telemetry.metrics import rollout_metrics, wall_metrics
+from open_agentrl_jax.parallel import processes
+from open_agentrl_jax.telemetry.metrics import episode_table, rollout_metrics, wall_metrics
 from open_agentrl_jax.train.checkpoint import Progress
 from open_agentrl_jax.train.learner import Learner
 from open_agentrl_jax.train.progress import Clock, Interrupted, Publish, Run
@@ -133,12 +134,13 @@ def train_rl(
         rollouts.published(version)
         with clock("log"):
             rate = learner.rates[version * learner.rl.mini_batches - 1]
-            numbers = rollout_metrics(groups, version=step) | numbers | {"packing/useful": useful, "lr": rate}
+            episodes = processes.gather(episode_table(groups, version=step))
+            numbers = rollout_metrics(episodes) | numbers | {"packing/useful": useful, "lr": rate}
             run.writer.trajectories(version, "rl", groups)
             warn_of_drift(version, numbers, learner.rl.logprob_tolerance)
-        times = clock.read() | wall_metrics(groups) | engine_metrics()
-        tokens = sum(len(s.tokens) for group in groups for t in group.trajectories for s in t.sequences)
-        run.writer.metrics(version, "rl", numbers | times | {"tokens_per_second": tokens / times["time/step"]})
+        times = clock.read() | wall_metrics(episodes) | engine_metrics()
+        speed = float(episodes["tokens"].sum() / times["time/step"])
+        run.writer.metrics(version, "rl", numbers | times | {"tokens_per_second": speed})
         run.bar(version, steps, summary(numbers))
         run.stopper.agree()
         ends = run.stopper.asked or learner.idle >= IDLE_STEPS

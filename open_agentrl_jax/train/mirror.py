@@ -23,6 +23,7 @@ from open_agentrl_jax.types import UserError
 
 LIST = "copy.json"
 RUNNING = ("metrics.jsonl", "trajectories.jsonl", "config.json")  # copied with every checkpoint
+PARTS = "trajectories-*.jsonl"  # likewise: the trajectories of further processes
 ONCE = ("sft.parquet", "init", "reference")  # written before the first checkpoint that needs them, and never changed
 FINAL = ("export", "adapter", "report.html")  # as far as the run has them
 
@@ -69,7 +70,8 @@ class Mirror:
             return False
         with self._reported("the same command tries again"):
             folders = [f"checkpoints/{number}" for number in self.listed["checkpoints"]]
-            for name in (*self.listed["once"], *folders, *RUNNING):
+            parts = [path.rpartition("/")[2] for path in self._store.glob(f"{self._root}/{PARTS}")]
+            for name in (*self.listed["once"], *folders, *parts, *RUNNING):
                 self._download(name)
         return True
 
@@ -95,12 +97,16 @@ class Mirror:
         """
         self.wait()
         with self._reported(f"the export was not copied, it lies in {self.directory / 'export'}"):
-            self._upload((*RUNNING, *(name for name in FINAL if (self.directory / name).exists())))
+            final = [name for name in FINAL if (self.directory / name).exists()]
+            self._upload((*self._parts(), *RUNNING, *final))
 
     def close(self) -> None:
         """Waits for the running copy and ends the thread."""
         self.wait()
         self._pool.shutdown()
+
+    def _parts(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob(PARTS))
 
     def _push(self, number: int, finished: Callable[[], Any]) -> None:
         if not self.listed:  # first of all: a copy that breaks off before its first checkpoint is still this run's
@@ -108,7 +114,7 @@ class Mirror:
         finished()
         once = [name for name in ONCE if (self.directory / name).exists()]
         self._upload(name for name in once if name not in self.listed["once"])
-        self._upload((*RUNNING, f"checkpoints/{number}"))
+        self._upload((*self._parts(), *RUNNING, f"checkpoints/{number}"))
         here = {int(path.name) for path in (self.directory / "checkpoints").iterdir() if path.name.isdigit()}
         self._write_list(sorted({number, *(n for n in self.listed["checkpoints"] if n in here)}), once)
         for folder in self._store.ls(f"{self._root}/checkpoints", detail=False):  # evicted, or partial uploads

@@ -128,24 +128,6 @@ def choose_packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None)
     return Packing(rows, lengths[0], lengths[1:])
 
 
-def pack_mini_batch(examples: Sequence[Example], packing: Packing, *, sequences: int) -> tuple[Batch, int]:
-    """`pack` in the cheapest of the packing's row lengths.
-
-    Args:
-        examples: usually at most `sequences` of them; episodes of several sequences may give more.
-        packing: of `choose_packing`.
-        sequences: per mini-batch; sets the static number of micro-batches. Examples that need more take a multiple of
-            it, so that few shapes are compiled.
-    """
-    lengths = (packing.length, *packing.more_lengths)
-    sizes = [len(example.tokens) - 1 for example in examples]
-    length = choose_length(sizes, rows=packing.rows, lengths=lengths)[0] if packing.more_lengths else packing.length
-    micro_batches = most_micro_batches(sequences, packing.rows)
-    if len(examples) > sequences:
-        micro_batches *= -(-most_micro_batches(len(first_fit_decreasing(sizes, length)), packing.rows) // micro_batches)
-    return pack(examples, rows=packing.rows, length=length, micro_batches=micro_batches)
-
-
 def round_up(length: int, parts: int) -> int:
     """A row length of which each of `parts` devices holds a multiple of 128 tokens, as splash attention requires.
 
@@ -176,13 +158,38 @@ def pack(examples: Sequence[Example], *, rows: int, length: int, micro_batches: 
     bins = first_fit_decreasing([len(example.tokens) - 1 for example in examples], length)
     used = most_micro_batches(len(bins), rows)
     m = max(1, used) if micro_batches is None else micro_batches
+    return fill(examples, bins, rows=rows, length=length, micro_batches=m, used=used), used
+
+
+def fill(
+    examples: Sequence[Example],
+    bins: Sequence[Sequence[int]],
+    *,
+    rows: int,
+    length: int,
+    micro_batches: int,
+    used: int,
+) -> Batch:
+    """Places examples in rows.
+
+    Args:
+        examples: each of 2 to `length + 1` tokens.
+        bins: the examples of each row, by index.
+        rows: b of a micro-batch.
+        length: t.
+        micro_batches: m, the static shape.
+        used: micro-batches that the rows are dealt over, so that all are equally full.
+
+    Raises:
+        ValueError: the rows do not fit.
+    """
+    m = micro_batches
     if used > m:
         raise ValueError(f"{used} micro-batches do not fit the {m} of the static shape")
     shape = (m * rows, length)
     ids = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
     streams = {name: np.zeros(shape, np.float32) for name in ("advantages", "rollout_logprobs")}
     mask = np.zeros(shape, bool)
-    # Deal the bins out so that the used micro-batches are equally full.
     for place, members in enumerate(bins):
         row = (place % max(used, 1)) * rows + place // max(used, 1)
         start = 0
@@ -202,4 +209,4 @@ def pack(examples: Sequence[Example], *, rows: int, length: int, micro_batches: 
             start += t
     arrays = {**ids, **streams, "mask": mask, "old_logprobs": streams["rollout_logprobs"].copy()}
     arrays["ref_logprobs"] = np.zeros(shape, np.float32)
-    return Batch(**{name: array.reshape(m, rows, length) for name, array in arrays.items()}), used
+    return Batch(**{name: array.reshape(m, rows, length) for name, array in arrays.items()})

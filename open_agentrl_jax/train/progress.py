@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 
+from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.telemetry.writer import Writer
 from open_agentrl_jax.train.checkpoint import Checkpoints, Progress
 from open_agentrl_jax.train.state import TrainState
@@ -76,7 +77,10 @@ class Run:
 
     def save(self, state: TrainState, progress: Progress, *, accuracy: float | None = None) -> None:
         """Saves the state and the progress, with the current lengths of the run's files."""
-        progress = dataclasses.replace(progress, offsets=self.writer.offsets())
+        offsets: dict[str, int] = {}
+        for part in processes.all_values(self.writer.offsets()):  # each process writes files of its own
+            offsets |= part
+        progress = dataclasses.replace(progress, offsets=offsets)
         self.checkpoints.save(state, progress, accuracy=accuracy)
 
 

@@ -41,6 +41,14 @@ def finish(processes):
     return told
 
 
+def conversations(run_dir):
+    """What was said in each episode, by phase, step, problem and sample; no episode may occur twice."""
+    texts = [line for path in run_dir.glob("trajectories*.jsonl") for line in lines(run_dir, path.name)]
+    said = {tuple(t[n] for n in ("phase", "step", "problem_id", "sample")): t["messages"] for t in texts}
+    assert len(said) == len(texts)
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_processes_stop_go_on_and_end_with_the_numbers_of_one(tmp_path):
@@ -55,12 +63,16 @@ def test_two_processes_stop_go_on_and_end_with_the_numbers_of_one(tmp_path):
     processes[1].send_signal(signal.SIGTERM)  # to one of them
     (told, _), (silent, _) = finish(processes)
     assert "interrupted: saved" in told and "run quickstart" not in silent  # Gloo itself greets on both
-    (told, _), _ = finish(start_two(two))
-    assert "resumed: rl step" in told and "before RL" in told
+    played = sorted(path.name for path in two.glob("trajectories*.jsonl"))
+    assert played == ["trajectories-1.jsonl", "trajectories.jsonl"]
+    continued = run("train", two, devices=2, **SETTINGS)  # on one process
+    assert continued.returncode == 0, continued.stderr[-2000:]
+    assert "resumed: rl step" in continued.stdout and "before RL" in continued.stdout
     phases = [(line["phase"], line["step"]) for line in lines(two)]
     assert phases == [("sft", 1), ("sft", 2), ("sft", 3), ("eval", 0), ("rl", 1), ("rl", 2), ("rl", 3), ("eval", 3)]
     for phase, names in {"sft": ("loss", "actor/grad_norm"), "rl": ("reward/mean", "actor/entropy")}.items():
         for name in names:
             one, more = ([x[name] for x in lines(d) if x["phase"] == phase] for d in (tmp_path / "one", two))
             assert more == pytest.approx(one, rel=1e-3, abs=1e-6), (phase, name)
+    assert conversations(two) == conversations(tmp_path / "one")
     assert (two / "export" / "model.safetensors").stat().st_size > 0

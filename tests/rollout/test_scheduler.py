@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop, Frontier, Scheduler, play_all
+from open_agentrl_jax.rollout.scheduler import ATTEMPTS, EventLoop, Frontier, Scheduler, Share, joined, play_all
 from open_agentrl_jax.types import Message, NothingToLearn, Task, Trajectory
 
 
@@ -200,3 +200,47 @@ def test_waiting_for_episodes_ends_when_the_check_says_so():
     with pytest.raises(TimeoutError, match="its own"):
         loop.run(times_out())
     loop.close()
+
+
+def shares(loop, play, count, **settings):
+    return [schedule(loop, play, prompts=4, share=Share(4, index, count), **settings) for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_processes_divide_every_batch(loop, count):
+    several = shares(loop, Play(), count)
+    for version in range(3):
+        batches = [scheduler.next_batch() for scheduler in several]
+        positions = [[group.position for group in batch] for batch in batches]
+        assert positions == [[4 * version + place for place in range(index, 4, count)] for index in range(count)]
+        frontiers = [scheduler.trained(batch) for scheduler, batch in zip(several, batches, strict=True)]
+        assert joined(frontiers, 4) == Frontier(4 * version + 4, [])
+        for scheduler in several:
+            scheduler.published(version + 1)
+    for scheduler in several:
+        scheduler.close()
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1), (2, 4), (4, 2), (2, 2)])
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_continues_on_another_number_of_processes(loop, counts, max_staleness):
+    """Dropped groups and episodes in flight leave gaps; every problem is trained or dropped once, none is lost."""
+    drop = lambda position: position % 5 == 0 or position in (1, 2, 3)  # noqa: E731
+    trained, frontier = [], Frontier()
+    for start, count in zip((0, 3), counts, strict=True):
+        play = Play(accuracy=lambda position, sample: 1.0 if drop(position) else float(sample))
+        settings = {"filter_groups": True, "frontier": frontier, "version": start, "max_staleness": max_staleness}
+        several = shares(loop, play, count, **settings)
+        for version in range(start, start + 3):
+            batches = [scheduler.next_batch() for scheduler in several]
+            for scheduler, batch in zip(several, batches, strict=True):
+                scheduler.trained(batch)
+                scheduler.published(version + 1)
+            trained += [group.position for batch in batches for group in batch]
+        frontier = joined([scheduler.trained([]) for scheduler in several], 4)
+        for scheduler in several:
+            scheduler.close()
+    assert len(trained) == len(set(trained)) == 24
+    known = {*trained, *frontier.pending, *filter(drop, range(frontier.next))}
+    assert known == set(range(frontier.next))
+    assert not set(trained) & set(frontier.pending)

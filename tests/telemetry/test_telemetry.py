@@ -5,9 +5,10 @@ import types
 import numpy as np
 import pytest
 
-from open_agentrl_jax.telemetry.metrics import rollout_metrics
+from open_agentrl_jax.telemetry.index import Table
+from open_agentrl_jax.telemetry.metrics import episode_table, rollout_metrics
 from open_agentrl_jax.telemetry.screen import curve
-from open_agentrl_jax.telemetry.writer import Writer
+from open_agentrl_jax.telemetry.writer import TrajectoryWriter, Writer
 from open_agentrl_jax.types import Group, Message, Task, ToolCall, Trajectory, Turn
 
 
@@ -34,8 +35,8 @@ def trajectory(reward=1.0, accuracy=1.0, stop="answer", calls=2.0, good=1.0):
     )
 
 
-def group(*trajectories):
-    return Group(Task("p1", [Message("user", "q")], "3"), list(trajectories))
+def group(*trajectories, name="p1"):
+    return Group(Task(name, [Message("user", "q")], "3"), list(trajectories))
 
 
 def test_files_are_cut_to_the_lengths_of_the_checkpoint(tmp_path):
@@ -139,11 +140,12 @@ def test_a_resumed_run_repeats_no_step_in_tensorboard_or_wandb(tmp_path, monkeyp
 
 def test_metrics_exclude_aborted_episodes():
     lost = trajectory(reward=0.0, accuracy=0.0, stop="aborted", calls=0.0, good=0.0)
-    numbers = rollout_metrics([group(trajectory(), trajectory(-1.0, 0.0), lost)], version=4)
+    numbers = rollout_metrics(episode_table([group(trajectory(), trajectory(-1.0, 0.0), lost)], version=4))
     assert numbers["accuracy/mean"] == 0.5 and numbers["reward/mean"] == 0 and numbers["episodes/aborted"] == 1
     assert numbers["tool_success/mean"] == 0.5 and numbers["tool_calls/mean"] == 2
     assert numbers["staleness/mean"] == 0.5 and numbers["staleness/max"] == 1
-    assert rollout_metrics([group(lost)]) == {"episodes": 1, "episodes/aborted": 1, "episodes/retried": 0}
+    counts = {"episodes": 1, "episodes/aborted": 1, "episodes/retried": 0}
+    assert rollout_metrics(episode_table([group(lost)])) == counts
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 1.0], list(range(500))])
@@ -157,3 +159,25 @@ def test_a_missing_extra_is_an_error_with_its_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[tensorboard\]'"):
         Writer(tmp_path, tensorboard=True)
+
+
+def test_every_process_writes_its_own_trajectories_and_the_index_reads_all(tmp_path):
+    first, second = Writer(tmp_path, processes=2), TrajectoryWriter(tmp_path, 1)
+    for step in (1, 2):
+        for number, writer in enumerate((first, second)):
+            writer.metrics(step, "rl", {"reward": 1.0})
+            writer.trajectories(step, "rl", [group(trajectory(), trajectory(), name=f"p{number}")])
+        if step == 1:
+            offsets = first.offsets() | second.offsets()
+    first.close()
+    second.close()
+    table = Table(tmp_path / "trajectories.jsonl")
+    table.update()
+    assert len(table) == 8 and len(table.groups()) == 4
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert [json.loads(line)["problem_id"] for line in table.read(3, 5).splitlines()] == ["p0", "p1"]
+    again = Writer(tmp_path, offsets=offsets)  # on one process, from step 1
+    assert again.offsets() == offsets
+    again.close()
+    table.update()
+    assert table.columns["step"] == [1, 1, 1, 1] and table.columns["problem"] == ["p0", "p0", "p1", "p1"]

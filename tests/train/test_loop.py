@@ -12,6 +12,7 @@ from open_agentrl_jax.train.checkpoint import Progress
 from open_agentrl_jax.train.learner import Learner
 from open_agentrl_jax.train.loop import HeldOut, train_rl, warn_of_drift
 from open_agentrl_jax.train.progress import Interrupted, Run, Stopper
+from open_agentrl_jax.train.shares import Rows
 from open_agentrl_jax.types import Group, Message, NothingToLearn, Task, Trajectory, UserError
 
 
@@ -37,6 +38,8 @@ def learner(behaviour=ROBUST, samples=3, prompts=2, step=None, **loss):
         rl,
         packing,
         np.ones(99),
+        [range(prompts)],
+        Rows((0,), (1,)),
     )
 
 

@@ -14,8 +14,8 @@ from open_agentrl_jax.train.packing import (
     first_fit_decreasing,
     most_micro_batches,
     pack,
-    pack_mini_batch,
 )
+from open_agentrl_jax.train.shares import Rows, pack_share
 from open_agentrl_jax.types import UserError
 
 
@@ -89,9 +89,10 @@ def test_the_cheapest_row_length_is_taken():
 
 
 def test_a_mini_batch_has_one_of_the_row_lengths_and_every_token():
-    batch, used = pack_mini_batch(examples([90] * 6), Packing(2, 100, (270,)), sequences=8)
+    batch, used, useful = pack_share(examples([90] * 6), Packing(2, 100, (270,)), Rows((0, 1), (2,)), micro_batches=4)
     assert batch.tokens.shape == (4, 2, 270)
     assert (used, (batch.segment_ids > 0).sum()) == (1, 6 * 89)
+    assert useful == batch.useful
 
 
 def mesh(platform="cpu", **sizes):
