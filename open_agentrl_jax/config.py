@@ -157,6 +157,7 @@ class RL:
     mini_batches: int = setting(4, "optimizer updates per step", at_least=1)
     max_staleness: int = setting(0, "weight versions that generation may be ahead; 0: synchronous")
     filter_groups: bool = setting(False, "replace groups whose accuracies are all equal")
+    mask_overlong: bool = setting(False, "do not train on responses that reach the length limit, nor compare with them")
     min_accuracy: float = setting(0.0, "do not start RL below this accuracy after SFT: it would collapse", at_most=1)
     logprob_tolerance: float = setting(
         0.1, "warn if engine and trainer differ by more nats per token, averaged over a step"

@@ -135,6 +135,49 @@ def clipped_policy_loss(
     return loss, metrics
 
 
+def covariance_selection(
+    logprobs: Float[Array, "b t"],
+    old_logprobs: Float[Array, "b t"],
+    advantages: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    *,
+    kind: str,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    share: float = 2e-4,
+    band: tuple[float, float] = (1.0, 5.0),
+) -> Bool[Array, "b t"]:
+    """The tokens that `covariance_policy_loss` treats; give it a whole mini-batch, so that no split changes them.
+
+    Args:
+        logprobs: current log-probs.
+        old_logprobs: of the policy that is improved.
+        advantages: per token.
+        mask: tokens that count.
+        kind: "clip_cov": a `share` of the tokens, from those whose covariance is in `band`, evenly spread over their
+            order instead of drawn, so that a run repeats. "kl_cov": the `share` of highest covariance.
+        clip_low: of the surrogate of "clip_cov"; tokens that it clips are not treated.
+        clip_high: likewise.
+        share: of the masked tokens.
+        band: limits of the covariance.
+    """
+    current = jax.lax.stop_gradient(logprobs)
+    covariance = (advantages - masked_mean(advantages, mask)) * (current - masked_mean(current, mask))
+    wanted = jnp.maximum(jnp.floor(share * jnp.maximum(mask.sum(), 1)), 1).astype(jnp.int32)
+    if kind == "kl_cov":
+        ordered = jnp.sort(jnp.where(mask, covariance, -jnp.inf).reshape(-1))
+        return mask & (covariance >= ordered[ordered.shape[0] - wanted])
+    if kind != "clip_cov":
+        raise ValueError(f"unknown covariance loss {kind!r}")
+    r = jnp.exp(jnp.clip(current - old_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    clipped = -advantages * jnp.clip(r, 1 - clip_low, 1 + clip_high)
+    eligible = mask & (covariance > band[0]) & (covariance < band[1]) & (clipped <= -advantages * r)
+    order = jnp.argsort(jnp.where(eligible, covariance, jnp.inf).reshape(-1))
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(1, order.size + 1, dtype=order.dtype)).reshape(mask.shape)
+    stride = jnp.maximum(eligible.sum() // wanted, 1)
+    return eligible & (rank % stride == 0) & (rank // stride <= wanted)
+
+
 def covariance_policy_loss(
     logprobs: Float[Array, "b t"],
     old_logprobs: Float[Array, "b t"],
@@ -147,44 +190,34 @@ def covariance_policy_loss(
     share: float = 2e-4,
     band: tuple[float, float] = (1.0, 5.0),
     kl_coef: float = 1.0,
+    treated: Bool[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t"], Metrics]:
     """The entropy-keeping losses: tokens whose log-prob and advantage vary most together lose their gradient
     ("clip_cov"), or pay |d| on top ("kl_cov").
 
     Args:
         logprobs: current log-probs.
-        old_logprobs: those of the policy that is improved on.
-        advantages: a token.
+        old_logprobs: of the policy that is improved.
+        advantages: per token.
         mask: tokens that count.
         kind: "clip_cov" | "kl_cov".
-        clip_low: of the surrogate underneath "clip_cov".
+        clip_low: of the surrogate of "clip_cov".
         clip_high: likewise.
-        share: of the tokens that are treated: of those whose covariance is in `band` ("clip_cov", evenly spread over
-            them instead of drawn, so that a run repeats), or of the highest ("kl_cov").
-        band: covariance limits of "clip_cov".
+        share: see `covariance_selection`.
+        band: likewise.
         kl_coef: of the penalty of "kl_cov".
+        treated: the selected tokens; default: `covariance_selection` of these tokens alone.
     """
+    if treated is None:
+        settings: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "share": share, "band": band}
+        treated = covariance_selection(logprobs, old_logprobs, advantages, mask, kind=kind, **settings)
     difference = jnp.clip(logprobs - old_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     r = jnp.exp(difference)
-    current = jax.lax.stop_gradient(logprobs)
-    covariance = (advantages - masked_mean(advantages, mask)) * (current - masked_mean(current, mask))
-    count = jnp.maximum(mask.sum(), 1)
-    wanted = jnp.maximum(jnp.floor(share * count), 1)
     if kind == "clip_cov":
-        unclipped = -advantages * r
         clipped = -advantages * jnp.clip(r, 1 - clip_low, 1 + clip_high)
-        eligible = mask & (covariance > band[0]) & (covariance < band[1]) & (clipped <= unclipped)
-        rank = jnp.cumsum(eligible.reshape(-1)).reshape(mask.shape)
-        stride = jnp.maximum(eligible.sum() // wanted, 1)
-        treated = eligible & (rank % stride == 0) & (rank // stride <= wanted)
-        loss = jnp.where(treated, 0.0, jnp.maximum(unclipped, clipped))
-    elif kind == "kl_cov":
-        ordered = jnp.sort(jnp.where(mask, covariance, -jnp.inf).reshape(-1))
-        threshold = ordered[ordered.shape[0] - wanted.astype(jnp.int32)]
-        treated = mask & (covariance >= threshold)
-        loss = -advantages * r + jnp.where(treated, kl_coef * jnp.abs(difference), 0.0)
+        loss = jnp.where(treated, 0.0, jnp.maximum(-advantages * r, clipped))
     else:
-        raise ValueError(f"unknown covariance loss {kind!r}")
+        loss = -advantages * r + jnp.where(treated, kl_coef * jnp.abs(difference), 0.0)
     metrics = {
         "actor/pg_clipfrac": masked_mean(treated.astype(jnp.float32), mask),
         "actor/ppo_kl": masked_mean(-difference, mask),

@@ -27,7 +27,7 @@ from open_agentrl_jax.train.loop import HeldOut, train_rl
 from open_agentrl_jax.train.optimizer import Optimizer, make_optimizer, rates
 from open_agentrl_jax.train.sft import train_sft
 from open_agentrl_jax.train.shares import rows_of
-from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
+from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient, selection
 from open_agentrl_jax.types import Task, UserError
 
 
@@ -130,6 +130,8 @@ def make_learner(run: OpenRun, state: states.TrainState, optimizer: Optimizer, s
         entropy_target=loss.entropy_target,
         token_count=behaviour.rl_token_count,
         temperature=temperature,
+        # The reference computes all statistics of a loss per micro-batch, its token count included.
+        select=selection(loss) if behaviour.rl_token_count is None else None,
     )
     packing = choose_packing(config, config.agent.max_prompt + config.agent.max_response, run.policy.mesh)
     rows = rows_of(run.policy.mesh, packing.rows)

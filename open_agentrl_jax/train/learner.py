@@ -19,21 +19,20 @@ from open_agentrl_jax.types import Group
 MiniBatch = tuple[Batch, np.int32]  # on the mesh, with its number of occupied micro-batches
 
 
-def examples(groups: Sequence[Group], advantages: np.ndarray) -> list[Example]:
-    """The sequences of a batch that train: those of all episodes but the ones that the infrastructure lost.
-
-    The sequences of an episode share its advantage.
+def examples(groups: Sequence[Group], advantages: np.ndarray, valid: np.ndarray) -> list[Example]:
+    """The sequences of a batch that train. The sequences of an episode share its advantage.
 
     Args:
         groups: g groups of n samples.
         advantages: [g n].
+        valid: [g n]; False for episodes that do not train.
     """
     return [
         Example(sequence.tokens, sequence.loss_mask, float(a), sequence.logprobs)
-        for group, row in zip(groups, advantages, strict=True)
-        for t, a in zip(group.trajectories, row, strict=True)
+        for group, row, trains in zip(groups, advantages, valid, strict=True)
+        for t, a, train in zip(group.trajectories, row, trains, strict=True)
         for sequence in t.sequences
-        if not t.aborted and sequence.loss_mask.any()
+        if train and sequence.loss_mask.any()
     ]
 
 
@@ -62,7 +61,9 @@ class Learner:
         """
         shape = (len(groups), self.rl.samples)
         rewards = np.array([t.reward for group in groups for t in group.trajectories], np.float32).reshape(shape)
-        valid = np.array([not t.aborted for group in groups for t in group.trajectories], bool).reshape(shape)
+        cut = [self.rl.mask_overlong and t.stop == "length" for group in groups for t in group.trajectories]
+        aborted = [t.aborted for group in groups for t in group.trajectories]
+        valid = ~np.logical_or(cut, aborted).reshape(shape)
         rows = self.advantages(rewards, normalize_std=self.rl.loss.normalize_std, valid=valid)
         count = self.rl.mini_batches
         numbers = [[place * count // self.rl.prompts for place in places] for places in self.places]
@@ -71,7 +72,7 @@ class Learner:
         packed = []
         for number in range(count):
             part = [i for i, n in enumerate(mine) if n == number]
-            made = examples([groups[i] for i in part], rows[part])
+            made = examples([groups[i] for i in part], rows[part], valid[part])
             packed.append(pack_share(made, self.packing, self.rows, micro_batches=micro_batches))
         useful = float(np.mean([share for *_, share in packed]))
         return [(self.place(batch), np.int32(used)) for batch, used, _ in packed if used], useful

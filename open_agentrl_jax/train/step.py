@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from open_agentrl_jax.algorithms import losses
 from open_agentrl_jax.algorithms.entropy import update_coefficient
@@ -34,11 +34,12 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Totals:
-    """Counts over the whole mini-batch, and the entropy coefficient."""
+    """Counts over the whole mini-batch, the entropy coefficient, and the selected tokens of this micro-batch."""
 
     tokens: Float[Array, ""]
     sequences: Float[Array, ""]
     entropy_coef: Float[Array, ""]
+    selected: Bool[Array, "b t"] | None = None  # see `selection`
 
 
 class Objective(Protocol):
@@ -81,7 +82,7 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
             clips |= {"dual_clip": loss.dual_clip, "ratio": loss.ratio, "segment_ids": segments}
             surrogate = losses.clipped_policy_loss
         else:
-            clips["kind"] = loss.policy
+            clips |= {"kind": loss.policy, "treated": totals.selected}
             surrogate = losses.covariance_policy_loss
         per_token, metrics = surrogate(logprobs, batch.old_logprobs, batch.advantages, mask, **clips)
         if loss.importance_level != "off":
@@ -112,6 +113,18 @@ def policy_gradient(loss: Loss, *, width: int) -> Objective:
         return total, metrics
 
     return objective
+
+
+def selection(loss: Loss) -> Callable[..., Array] | None:
+    """The function that selects tokens of a whole mini-batch before its update, where the loss needs one.
+
+    Returns:
+        (log-probs, old log-probs, advantages, mask) of [b t] -> [b t] bool, or None.
+    """
+    if loss.policy == "clip":
+        return None
+    clips = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
+    return functools.partial(losses.covariance_selection, kind=loss.policy, **clips)
 
 
 @jax.custom_vjp
@@ -153,8 +166,17 @@ def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: fl
     return token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
 
 
-def _micro(batch: Batch, index: Any) -> Batch:
+def _micro(batch: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+
+
+def _scores(params: Any, model_config: ModelConfig, batch: Batch, used: Any, temperature: float, chunk: int):
+    def body(index, out):
+        micro = _micro(batch, index)
+        logprobs, _ = _score(params, model_config, micro, temperature, chunk)
+        return jax.lax.dynamic_update_index_in_dim(out, jnp.where(micro.mask, logprobs, 0), index, 0)
+
+    return jax.lax.fori_loop(0, used, body, jnp.zeros_like(batch.old_logprobs))
 
 
 def make_score(model_config: ModelConfig, *, temperature: float = 1.0, chunk: int = 1024) -> Callable[..., Any]:
@@ -165,14 +187,7 @@ def make_score(model_config: ModelConfig, *, temperature: float = 1.0, chunk: in
 
     @jax.jit
     def score(params: Any, batch: Batch, used: Int[Array, ""], frozen: Any = None) -> Float[Array, "m b t"]:
-        params = lora.join(frozen, params)
-
-        def body(index, out):
-            micro = _micro(batch, index)
-            logprobs, _ = _score(params, model_config, micro, temperature, chunk)
-            return jax.lax.dynamic_update_index_in_dim(out, jnp.where(micro.mask, logprobs, 0), index, 0)
-
-        return jax.lax.fori_loop(0, used, body, jnp.zeros_like(batch.old_logprobs))
+        return _scores(lora.join(frozen, params), model_config, batch, used, temperature, chunk)
 
     return score
 
@@ -186,6 +201,7 @@ def make_step(
     chunk: int = 1024,
     entropy_target: float = 0.0,
     token_count: Callable[[Any, Any], Any] | None = None,
+    select: Callable[..., Array] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compiles the update (state, batch, used, frozen=None) -> (state, metrics); the state's buffers are donated.
 
@@ -201,6 +217,7 @@ def make_step(
         entropy_target: nats; above 0, the entropy coefficient is adapted to it.
         token_count: (tokens of a micro-batch, number of micro-batches) -> divisor of its token losses; default: the
             tokens of the mini-batch.
+        select: see `selection`; costs one more forward pass. None: the objective selects in each micro-batch.
     """
 
     def loss_of(params: Any, micro: Batch, totals: Totals) -> tuple[Float[Array, ""], Metrics]:
@@ -217,6 +234,13 @@ def make_step(
             entropy_coef=state.entropy_coef,
         )
 
+        selected = None
+        if select is not None:
+            logprobs = _scores(lora.join(frozen, state.params), model_config, batch, used, temperature, chunk)
+            streams = (logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+            whole_rows = (constrain(x, P()).reshape(-1, x.shape[-1]) for x in streams)
+            selected = select(*whole_rows).reshape(batch.mask.shape)
+
         # The backward pass accumulates in place, layer by layer; no micro-batch's gradient is held as a whole.
         sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
@@ -226,6 +250,8 @@ def make_step(
             totals = whole
             if token_count is not None:
                 totals = dataclasses.replace(whole, tokens=token_count(micro.mask.sum(), used))
+            if selected is not None:
+                totals = dataclasses.replace(totals, selected=_micro(selected, index))
             loss, backward, metrics = jax.vjp(
                 lambda p: loss_of(lora.join(frozen, p), micro, totals), state.params, has_aux=True
             )

@@ -54,6 +54,17 @@ def test_lost_episodes_do_not_train_and_do_not_move_the_mean():
     assert int(batches[0][0].mask.sum()) == 5 * 2
 
 
+def test_overlong_episodes_are_masked_on_request():
+    groups = [group(1.0, -1.0, -1.9), group(0.0, 0.0, 0.0)]
+    groups[0].trajectories[2].stop = "length"
+    punishing, masking = learner(), learner()
+    masking.rl = dataclasses.replace(masking.rl, mask_overlong=True)
+    assert min(advantages_of(punishing.pack(groups)[0])) < -0.8
+    batches, _ = masking.pack(groups)
+    assert advantages_of(batches) == [-0.707, 0.0, 0.707]
+    assert int(batches[0][0].mask.sum()) == 5 * 2
+
+
 def test_the_residue_of_the_reference_is_reproduced_on_request():
     groups = [group(*[-0.9] * 16)]
     assert advantages_of(learner(samples=16, prompts=1).pack(groups)[0]) == [0.0]

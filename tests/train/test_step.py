@@ -22,7 +22,7 @@ from open_agentrl_jax.reference.behaviour import REFERENCE
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.optimizer import make_optimizer, rates
 from open_agentrl_jax.train.packing import Example, pack
-from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient
+from open_agentrl_jax.train.step import likelihood, make_score, make_step, policy_gradient, selection
 from tests.devices import fake
 from tests.train.tiny import MODEL, examples
 
@@ -99,6 +99,20 @@ def test_gradients_moments_and_checkpoints_are_of_adapters_alone():
     assert jax.tree.structure(traced.out_info[0].params) == jax.tree.structure(adapters)
     # Forward and backward take 2 operations each per weight and token; a third 2 are for the gradients of weights.
     assert flops.count(traced.jaxpr).products < 0.9 * flops.count(whole.jaxpr).products
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_covariances_are_of_the_whole_mini_batch(kind):
+    loss, examples_ = Loss(policy=kind), examples(8)
+    for example in examples_:
+        example.advantage *= 9.0  # covariances within the band
+    select = functools.partial(selection(loss), share=0.05)
+    layouts = [{"rows": 8, "length": 14, "micro_batches": 1}, {"rows": 1, "length": 28, "micro_batches": 8}]
+    objective = policy_gradient(loss, width=16)
+    (one, numbers), (split, others) = (gradient(pack(examples_, **x), objective, select=select) for x in layouts)
+    assert numbers["actor/pg_clipfrac"] > 0
+    assert float(others["actor/pg_clipfrac"]) == pytest.approx(float(numbers["actor/pg_clipfrac"]), rel=1e-5)
+    assert difference(one, split) < 1e-5
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
