@@ -28,7 +28,7 @@ CORE = [
     "math-verify>=0.8,<0.10",
 ]
 
-SERVERS = ["aiohttp>=3.10,<4"]  # rollouts from SGLang servers, and the sandbox as a server
+SERVERS = ["aiohttp>=3.10,<4", "orjson>=3.10,<4"]  # rollouts from SGLang servers, and the sandbox as a server
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],

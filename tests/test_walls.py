@@ -118,7 +118,7 @@ def test_rooms_without_jax_start_without_it():
 def test_commands_start_without_the_extras():
     """`pip install -e .` is enough for every command; what needs an extra imports it when it is used."""
     names = [file.stem for file in (ROOT / "launch").glob("*.py") if file.stem != "__init__"]
-    extras = ["aiohttp", "mcp", "verifiers", "wandb", "tensorboardX", "gguf", "gcsfs", "s3fs", "torch"]
+    extras = ["aiohttp", "orjson", "mcp", "verifiers", "wandb", "tensorboardX", "gguf", "gcsfs", "s3fs", "torch"]
     code = f"import sys; sys.modules.update(dict.fromkeys({extras}))\n" + "".join(f"import launch.{n}\n" for n in names)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -30,11 +30,13 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import orjson
 import tenacity
 
 from open_agentrl_jax.rollout.address import base_url, proxy_for
 
 STREAM_INTERVAL = 64  # tokens per piece
+JSON = {"Content-Type": "application/json"}
 WAIT_SECONDS = 0.2  # between two looks at whether another process has loaded the weights
 READY, PAUSED, UPDATING, DOWN, QUARANTINED = "ready", "paused", "updating", "down", "quarantined"
 
@@ -132,7 +134,9 @@ class Server:
         finished = False
         body = {**payload, "stream": self.streams}
         try:
-            async with self._http.post(f"{self.url}/generate", json=body, proxy=self._proxy) as response:
+            data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+            post = self._http.post(f"{self.url}/generate", data=data, headers=JSON, proxy=self._proxy)
+            async with post as response:
                 if response.status != 200:
                     _raise(response.status, await response.text())
                 async for data in _events(response) if self.streams else _whole(response):
@@ -325,7 +329,7 @@ def _message(body: str) -> str:
 
 
 async def _whole(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
-    yield json.loads(await response.read())
+    yield _parsed(await response.read())
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
@@ -336,7 +340,15 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
         *events, buffer = buffer.split(b"\n\n")
         for event in events:
             if event.startswith(b"data: {"):
-                yield json.loads(event[6:])
+                yield _parsed(event[6:])
+
+
+def _parsed(data: bytes) -> Any:
+    """Answers with thousands of tokens; orjson refuses NaN and very large numbers, which are reported by name."""
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        return json.loads(data)
 
 
 def _piece(data: Any, key: str) -> Piece:
@@ -352,9 +364,9 @@ def _piece(data: Any, key: str) -> Piece:
     if finish.get("type") == "abort" and finish.get("status_code"):
         _raise(_count(finish["status_code"]) or 500, json.dumps({"message": finish.get("message")}))
     ids = data["output_ids"]
-    if not all(type(i) is int for i in ids):
+    if set(map(type, ids)) - {int}:
         raise ServerError("token ids that are not whole numbers")
-    logprobs = [_finite(entry[0] if isinstance(entry, list) else entry) for entry in meta[key]] if ids else []
+    logprobs = _finite([entry[0] if isinstance(entry, list) else entry for entry in meta[key]]) if ids else []
     if len(logprobs) != len(ids):
         raise ServerError(f"{len(ids)} tokens came with {len(logprobs)} log-probs")
     spans = [(str(s["version"]), int(s["start"]), int(s["end"])) for s in meta.get("weight_versions") or ()]
@@ -362,11 +374,12 @@ def _piece(data: Any, key: str) -> Piece:
     return Piece(ids, logprobs, str(finish.get("type", "")), spans, *counts)
 
 
-def _finite(value: Any) -> float:
-    """A log-prob as a server sends it; null, NaN and infinities would silently spoil an update."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ServerError(f"a log-prob that is not a finite number: {value!r}")
-    return float(value)
+def _finite(values: list[Any]) -> list[float]:
+    """Log-probs as a server sends them; null, NaN and infinities would silently spoil an update."""
+    if set(map(type, values)) - {int, float} or not np.isfinite(values).all():
+        wrong = next(v for v in values if type(v) not in (int, float) or not math.isfinite(v))
+        raise ServerError(f"a log-prob that is not a finite number: {wrong!r}")
+    return values
 
 
 def _count(value: Any) -> int:

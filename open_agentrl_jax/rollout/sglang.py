@@ -201,7 +201,7 @@ class SGLangPool:
         )
 
     async def _until_finished(
-        self, request: _Request, prompt: list[int], sampling: Sampling, extra: dict[str, Any]
+        self, request: _Request, prompt: np.ndarray, sampling: Sampling, extra: dict[str, Any]
     ) -> str:
         failures = 0
         while server := await self._place(request):
@@ -259,7 +259,13 @@ class SGLangPool:
         return server
 
     async def _attempt(
-        self, request: _Request, server: Server, prompt: list[int], sampling: Sampling, left: int, extra: dict[str, Any]
+        self,
+        request: _Request,
+        server: Server,
+        prompt: np.ndarray,
+        sampling: Sampling,
+        left: int,
+        extra: dict[str, Any],
     ) -> str:
         """Sends one request to one server; `request` keeps the tokens, however it ends."""
         rid = request.rid = next(self._rids)
@@ -272,7 +278,7 @@ class SGLangPool:
             "sampling_seed": sampling.seed % 2**63,  # used only under --enable-deterministic-inference
             "stream_interval": STREAM_INTERVAL,
         }
-        ids = prompt + request.ids
+        ids = np.concatenate([prompt, np.array(request.ids, np.int32)])  # [t] int32, sent without Python integers
         payload = {"rid": rid, "input_ids": ids, "sampling_params": params, "return_logprob": True, **extra}
         pieces: list[Piece] = []
         version, epoch, known = server.version or 0, server.epoch, 0  # pieces received before new weights
@@ -337,16 +343,16 @@ class SGLangPool:
         request.logprobs += piece.logprobs[:count]
         request.versions += versions[:count]
 
-    def _check(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
+    def _check(self, ids: Sequence[int], sampling: Sampling) -> np.ndarray:
         array = np.asarray(ids)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
             raise ValueError("ids must be a non-empty sequence of whole numbers")
-        bad = array[(array < 0) | (array >= self.vocab_size)]
-        if bad.size:
-            raise ValueError(f"id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        for bad in (array.min(), array.max()):
+            if not 0 <= bad < self.vocab_size:
+                raise ValueError(f"id {bad} is outside the vocabulary of {self.vocab_size}")
         if sampling.max_tokens < 1:
             raise ValueError(f"max_tokens {sampling.max_tokens} must be at least 1")
-        return array.tolist()
+        return array.astype(np.int32)
 
     def _abort(self, server: Server, rid: str) -> None:
         async def abort() -> None:
