@@ -226,9 +226,7 @@ class Sandbox:
     urls: tuple = setting((), "SandboxFusion servers; empty: the embedded sandbox", resumable=True)
     timeout: float = setting(30.0, above=0)
     memory_mb: int = setting(2048, at_least=1)
-    max_active: int = setting(
-        0, "concurrent runs per process; 0: twice the number of cores (embedded), 128 (servers)", resumable=True
-    )
+    max_active: int = setting(0, "concurrent runs per process; 0: 2 x cores (embedded), 128 (servers)", resumable=True)
     unsafe_no_isolation: bool = setting(False, "run code although this machine offers no isolation")
 
 

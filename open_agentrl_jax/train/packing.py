@@ -128,6 +128,24 @@ def choose_packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None)
     return Packing(rows, lengths[0], lengths[1:])
 
 
+def pack_mini_batch(examples: Sequence[Example], packing: Packing, *, sequences: int) -> tuple[Batch, int]:
+    """`pack` in the cheapest of the packing's row lengths, where every process packs the same examples.
+
+    Args:
+        examples: usually at most `sequences` of them; episodes of several sequences may give more.
+        packing: of `choose_packing`.
+        sequences: per mini-batch; sets the static number of micro-batches. Examples that need more take a multiple of
+            it, so that few shapes are compiled.
+    """
+    lengths = (packing.length, *packing.more_lengths)
+    sizes = [len(example.tokens) - 1 for example in examples]
+    length = choose_length(sizes, rows=packing.rows, lengths=lengths)[0] if packing.more_lengths else packing.length
+    micro_batches = most_micro_batches(sequences, packing.rows)
+    if len(examples) > sequences:
+        micro_batches *= -(-most_micro_batches(len(first_fit_decreasing(sizes, length)), packing.rows) // micro_batches)
+    return pack(examples, rows=packing.rows, length=length, micro_batches=micro_batches)
+
+
 def round_up(length: int, parts: int) -> int:
     """A row length of which each of `parts` devices holds a multiple of 128 tokens, as splash attention requires.
 
