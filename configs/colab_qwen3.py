@@ -1,8 +1,8 @@
-"""GRPO-TCR on Qwen3-0.6B with GSM8K, for one accelerator of 40 GB: launch/notebooks/colab_qwen3.ipynb runs it.
+"""GRPO-TCR on Qwen3-0.6B with GSM8K, for one accelerator of 16 GB: launch/notebooks/colab_qwen3.ipynb runs it.
 
     python -m launch.train --config=configs/colab_qwen3.py --config.data.train=gsm8k_train.parquet
 
-Hardware: one GPU or TPU chip of about 40 GB (float32 master weights and moments take 10 GB of it).
+Hardware: one TPU v5e chip or GPU of 16 GB (float32 weights, gradients and moments take 9 GB of it).
 Expected: nothing is promised; it was run with a tiny model on CPU only.
 """
 
@@ -36,10 +36,10 @@ def get_config() -> Config:
             loss=Loss(clip_low=0.2, clip_high=0.28, dual_clip=10.0, aggregate="token-mean"),
             optim=Optim(lr=1e-6, weight_decay=0.01),
         ),
-        packing=Packing(rows=4),
+        packing=Packing(rows=1),
         agent=Agent(max_turns=4, max_prompt=512, max_response=1024, max_tool_tokens=256),
         reward=Reward(overlong_buffer=256),
-        rollout=Rollout(slots=64),
+        rollout=Rollout(slots=8),
         eval=Eval(every=15),
         checkpoint=Checkpoint(every=15, keep=1),
     )

@@ -61,7 +61,7 @@ class Model:
         path=True,
     )
     compute_dtype: str = setting(
-        "auto", "auto: bfloat16 on an accelerator, float32 on CPU", choices=("auto", "float32", "bfloat16")
+        "auto", "auto: bfloat16 where the accelerator has it, else float32", choices=("auto", "float32", "bfloat16")
     )
     remat: str = setting("none", "a rematerialisation policy of models.qwen")
     attention: str = setting("auto", "a backend of models.attention; auto: by platform, shape and dtype")

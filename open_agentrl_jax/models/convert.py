@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from open_agentrl_jax.config import LoRA
 from open_agentrl_jax.models import gguf, hf, lora, peft, qwen
-from open_agentrl_jax.models.config import Lora, ModelConfig
+from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.export import copy_tokenizer
 from open_agentrl_jax.models.folders import tokenizer_files
 from open_agentrl_jax.models.params import Params
@@ -188,7 +189,7 @@ def _model_of(folder: Path) -> tuple[ModelConfig, Path, Path]:
     try:
         model = json.loads((run / "config.json").read_text())["config"]["model"]
         path, tokenizer = model["path"] or run / "init", model["tokenizer"]
-        adapters = _adapters(model.get("lora", {"rank": 0}))
+        adapters = peft.adapters_of(LoRA(**model.get("lora", {})))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder}: config.json: missing, and {run} is no run directory; copy the model's config.json into it"
@@ -196,14 +197,6 @@ def _model_of(folder: Path) -> tuple[ModelConfig, Path, Path]:
     model_folder = hf.resolve(path)
     tokenizer_folder = hf.resolve(tokenizer, weights=False) if tokenizer else model_folder
     return ModelConfig.from_hf(model_folder, lora=adapters), model_folder, tokenizer_folder
-
-
-def _adapters(settings: dict[str, Any]) -> Lora | None:
-    """The adapters of a run's config, section model.lora."""
-    if not settings["rank"]:
-        return None
-    targets = peft.read_config(settings["adapter"])[0].targets if settings["adapter"] else tuple(settings["targets"])
-    return Lora(settings["rank"], settings["alpha"], targets, settings["rslora"], settings["base"] == "int8")
 
 
 def _check(folder: Path, found: Any, wanted: Params) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from open_agentrl_jax.config import LoRA
 from open_agentrl_jax.models import lora, qwen
 from open_agentrl_jax.models.config import Lora, ModelConfig
 from open_agentrl_jax.models.export import gather_to_host, tensors_of
@@ -109,6 +111,29 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Lora, str]:
         if content.get(field) not in unused:
             raise UserError(f"{file}: {field}: {content[field]!r} is not supported; use an adapter with {unused[0]!r}")
     return kind, content.get("base_model_name_or_path") or ""
+
+
+def adapters_of(wanted: LoRA) -> Lora | None:
+    """The adapters that a config trains; None if it trains all weights.
+
+    Raises:
+      UserError: they differ from those in the folder to continue from.
+    """
+    if not wanted.rank:
+        return None
+    made = Lora(wanted.rank, wanted.alpha, tuple(wanted.targets), wanted.rslora, wanted.base == "int8")
+    if not wanted.adapter:
+        return made
+    found, _ = read_config(wanted.adapter)
+    for field in ("rank", "alpha", "rslora"):
+        if (there := getattr(found, field)) != getattr(made, field):
+            raise UserError(
+                f"model.lora.{field}={getattr(made, field)}, but the adapter in {wanted.adapter} has {there}; "
+                f"set model.lora.{field}={there}"
+            )
+    if made.targets and set(made.targets) != set(found.targets):
+        raise UserError(f"model.lora.targets={made.targets}, but {wanted.adapter} has {found.targets}; leave it empty")
+    return dataclasses.replace(made, targets=found.targets)
 
 
 def _targets(modules: Any) -> tuple[str, ...]:

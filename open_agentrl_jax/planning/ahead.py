@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.models import qwen, splash, triton
+from open_agentrl_jax.models import lora, params, qwen, splash, triton
 from open_agentrl_jax.models.attention import pick, row_parts
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.models.config import ModelConfig
@@ -40,7 +40,7 @@ class StepPlan:
     model: ModelConfig
     mesh: jax.sharding.Mesh
     step: Any
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # state, batch, occupied micro-batches, frozen weights (None without adapters)
     rows: int
     length: int
     micro_batches: int
@@ -70,13 +70,26 @@ def plan(config: Config, devices: Any, *, layers: int = 0) -> StepPlan:
         entropy_target=rl.loss.entropy_target if reinforced else 0.0,
         token_count=behaviour.rl_token_count if reinforced else behaviour.sft_token_count,
     )
-    state = states.abstract(qwen.abstract_params(model), optimizer, mesh)
+    frozen, trained = lora.abstract(model)
+    state = states.abstract(trained, optimizer, mesh)
+    frozen = placed(frozen, mesh)
     micro_batches = most_micro_batches(sequences, packing.rows)
     shape, spec = (micro_batches, packing.rows, packing.length), NamedSharding(mesh, sharding.P(None, *sharding.TOKENS))
     like, _ = workload.packed(np.array([2]), rows=1, length=2)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=spec), like)
     used = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, sharding.P()))  # pyright: ignore[reportArgumentType]
-    return StepPlan(model, mesh, step, (state, batch, used), packing.rows, packing.length, micro_batches, sequences)
+    return StepPlan(
+        model, mesh, step, (state, batch, used, frozen), packing.rows, packing.length, micro_batches, sequences
+    )
+
+
+def placed(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Abstract parameters with the shardings of a run."""
+    if mesh is None:
+        where: Any = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+    else:
+        where = params.shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
 
 
 def bytes_of(tree: Any) -> int:
@@ -88,7 +101,7 @@ def bytes_of(tree: Any) -> int:
 
 def smallest_matrix(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
     """Bytes, in the compute dtype, of the smallest gathered matrix of a layer on one device."""
-    layers = qwen.abstract_params(model)["layers"]
+    layers = qwen.abstract_params(lora.without(model))["layers"]
     smallest = min(x.size // model.num_layers for x in layers.values() if x.ndim == 3)
     itemsize = np.dtype("bfloat16" if model.compute_dtype == "bfloat16" else "float32").itemsize
     return smallest * itemsize // mesh.shape["tensor"]
@@ -151,6 +164,7 @@ def memory_of(made: StepPlan, compiled: Any) -> dict[str, int]:
     unseparated = bytes_of(on_host) if on_host and not memory.host_argument_size_in_bytes else 0
     sizes = {
         "parameters": bytes_of(state.params),
+        "frozen": bytes_of(made.arguments[3]),
         "moments": bytes_of(state.opt_state),
         "batch": bytes_of(made.arguments[1]),
         "arguments": memory.argument_size_in_bytes - unseparated,
@@ -176,7 +190,9 @@ def report(
     parts = row_parts(model.num_kv_heads, mesh)
     part = made.length // parts
     shares = attention_shares(made.length, parts, attention_block(part, chip))
-    matrices = sum(x.size for x in jax.tree.leaves(state.params) if x.ndim > 1)
+    matrices, frozen = (
+        sum(x.size for x in jax.tree.leaves(tree) if x.ndim > 1) for tree in (state.params, made.arguments[3])
+    )
     tokens = made.rows * made.length
     compute = (whole.products + whole.kernels * shares["slowest"]) / devices / chip.flops
     links = sum(c.sent for c in travels) / chip.link_bandwidth
@@ -202,7 +218,7 @@ def report(
             "matrix_products": whole.products,
             "attention_whole_square": whole.kernels,
             **{f"attention_{name}": whole.kernels * share for name, share in shares.items()},
-            "model": 6.0 * matrices * tokens,
+            "model": (6.0 * matrices + 4.0 * frozen) * tokens,  # frozen weights have no gradient
         },
         "collectives": _table(travels),
         "seconds": {"compute": compute, "links": links, "update": update, "bound": max(compute, links) + update},

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.models import kv, qwen
+from open_agentrl_jax.models import kv, lora, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
-from open_agentrl_jax.planning.ahead import bytes_of, longest_sequence
+from open_agentrl_jax.planning.ahead import bytes_of, longest_sequence, placed
 from open_agentrl_jax.train import state as states
 from open_agentrl_jax.train.optimizer import make_optimizer
 from open_agentrl_jax.train.packing import choose_packing
@@ -48,11 +48,13 @@ def table(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None, *,
     """
     reinforced = bool(config.rl.steps or config.rl.epochs)
     optim = config.rl.optim if reinforced else config.sft.optim
-    state = states.abstract(qwen.abstract_params(model), make_optimizer(optim, 1000), mesh)
+    frozen, trained = lora.abstract(model)
+    state = states.abstract(trained, make_optimizer(optim, 1000), mesh)
     weights = bytes_of(state.params)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind != "pinned_host"]
     entries = [
-        Entry("weights (float32)", weights, "mesh.fsdp (more devices)"),
+        *([Entry("frozen weights", bytes_of(placed(frozen, mesh)), "model.lora.base=int8")] if frozen else []),
+        Entry("adapters (float32)" if frozen else "weights (float32)", weights, "mesh.fsdp (more devices)"),
         Entry("optimizer", bytes_of(moments), f"{'rl' if reinforced else 'sft'}.optim.offload=True"),
         Entry("gradients", weights, "mesh.fsdp (more devices)"),
         Entry(
@@ -63,13 +65,18 @@ def table(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None, *,
     if not (reinforced or evaluates):
         return entries
     item = jnp.dtype(model.compute_dtype).itemsize
-    total = sum(x.size for x in jax.tree.leaves(qwen.abstract_params(model)))
+    base = qwen.abstract_params(lora.without(model))
+    total = sum(x.size for x in jax.tree.leaves(base))
     if config.rollout.engine != "local":
-        largest = max(x.size // (model.num_layers if x.ndim == 3 else 1) for x in jax.tree.leaves(state.params))
+        if frozen:
+            return [*entries, Entry("publishing (merged copy)", total * item, "mesh.fsdp (more devices)")]
+        largest = max(x.size // (model.num_layers if x.ndim == 3 else 1) for x in jax.tree.leaves(base))
         return [*entries, Entry("publishing (largest matrix)", largest * item, "mesh.fsdp (more devices)")]
     whole = mesh is None or processes > 1
     copies = config.rl.max_staleness if reinforced else 0
-    if item != 4 or config.rollout.weights == "int8":
+    if frozen:
+        copies = int(config.rollout.weights != "same")  # the frozen weights are shared with the trainer
+    elif item != 4 or config.rollout.weights == "int8":
         copies += 1  # in the compute dtype; float32 weights are shared with the trainer
     size = 1 if config.rollout.weights == "int8" else item
     held = total * size // (1 if whole else _ways(mesh, ("fsdp", "seq", "tensor")))
@@ -98,7 +105,8 @@ def activations(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | No
     }[c.remat]
     layer = tokens * (6 * hidden + 2 * heads + 4 * c.hidden_size) * item  # one layer forward and backward
     matrix = c.hidden_size * c.vocab_size // vocabulary
-    head = matrix * (item + 4) + 3 * 4 * min(_CHUNK, tokens) * c.vocab_size // vocabulary
+    gradient = 4 if c.lora is None else 0
+    head = matrix * (item + gradient) + 3 * 4 * min(_CHUNK, tokens) * c.vocab_size // vocabulary
     return tokens * saved * c.num_layers * item + max(layer, head)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.config import Config
+from open_agentrl_jax.models import peft
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.types import UserError
 
@@ -19,6 +20,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2_5_7b": _QWEN
     | {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_layers": 28, "num_heads": 28}
     | {"num_kv_heads": 4, "vocab_size": 152064, "rope_theta": 1e6, "tie_word_embeddings": False},
+    "qwen3_0_6b": _QWEN
+    | {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_layers": 28, "num_heads": 16}
+    | {"num_kv_heads": 8, "vocab_size": 151936, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "qwen3_1_7b": _QWEN
+    | {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_layers": 28, "num_heads": 16}
+    | {"num_kv_heads": 8, "vocab_size": 151936, "rope_theta": 1e6, "tie_word_embeddings": True},
 }
 
 
@@ -35,6 +42,7 @@ def shape_of(config: Config, layers: int = 0) -> ModelConfig:
     dtype = config.model.compute_dtype
     runtime: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
     runtime["compute_dtype"] = "bfloat16" if dtype == "auto" else dtype
+    runtime["lora"] = peft.adapters_of(config.model.lora)
     if (Path(config.model.path) / "config.json").exists():
         model = ModelConfig.from_hf(config.model.path, **runtime)
     else:

@@ -77,5 +77,7 @@ def _tpus(kind: str, size: str, slices: int, _: chips.Chip) -> Any:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(size) <= set("1x"):
+        more["chips_per_host_bounds"] = (1, 1, 1)  # a host with one chip; the default host has four
     return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}", **more)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.models import hf
+from open_agentrl_jax.models import hf, peft
 from open_agentrl_jax.models.attention import row_parts, why_slow
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import mesh as meshes
@@ -29,7 +29,7 @@ from open_agentrl_jax.planning.ahead import longest_sequence
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.run import inputs
 from open_agentrl_jax.run.engines import check_generation
-from open_agentrl_jax.run.policy import load_tokenizer, make_chat, mesh_of
+from open_agentrl_jax.run.policy import compute_dtype, load_tokenizer, make_chat, mesh_of
 from open_agentrl_jax.run.world import open_world, spec_of
 from open_agentrl_jax.sandbox.client import open_sandbox
 from open_agentrl_jax.train.packing import choose_packing
@@ -242,10 +242,8 @@ _HELLO = [Message("user", "What is 6 * 7?")]
 
 def _model(config: Config) -> ModelConfig:
     """The model's shape as the run computes it; a new model's from the fields of model.new."""
-    dtype = config.model.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    how: dict[str, Any] = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
+    how: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    how |= {"compute_dtype": compute_dtype(config), "lora": peft.adapters_of(config.model.lora)}
     if config.model.path:
         return ModelConfig.from_hf(hf.resolve(config.model.path, weights=False), **how)
     new = dataclasses.asdict(config.model.new)

@@ -15,7 +15,7 @@ from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.models import hf, lora, peft, qwen
-from open_agentrl_jax.models.config import Lora, ModelConfig
+from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.folders import tokenizer_files
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.parallel.mesh import make_mesh
@@ -71,15 +71,22 @@ def open_folder(config: Config, directory: Path) -> Folder:
     return Folder(path, tokenizer_path, tokenizer)
 
 
+def compute_dtype(config: Config) -> str:
+    """The compute dtype of the config; auto is float32 on CPUs and on GPUs without bfloat16 (before Ampere)."""
+    if config.model.compute_dtype != "auto":
+        return config.model.compute_dtype
+    device = jax.local_devices()[0]
+    old = device.platform == "gpu" and float(device.compute_capability) < 8
+    return "float32" if device.platform == "cpu" or old else "bfloat16"
+
+
 def load_policy(config: Config, folder: Folder) -> Policy:
     """Reads the weights onto the mesh of the config."""
     mesh = mesh_of(config)
-    dtype = config.model.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = compute_dtype(config)
     if mesh is not None:
         jax.set_mesh(mesh)
-    adapters = adapters_of(config)
+    adapters = peft.adapters_of(config.model.lora)
     model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, dtype if adapters else "float32")
     how = {"compute_dtype": dtype, "remat": config.model.remat, "attention": config.model.attention}
     model_config = dataclasses.replace(model_config, lora=adapters, **how)
@@ -96,28 +103,6 @@ def load_policy(config: Config, folder: Folder) -> Policy:
     return Policy(
         folder.tokenizer_path, model_config, trained, mesh, folder.tokenizer, lora.freeze(params, model_config)
     )
-
-
-def adapters_of(config: Config) -> Lora | None:
-    """The adapters that a config trains; None if it trains all weights.
-
-    Raises:
-        UserError: they differ from those in the folder `model.lora.adapter`.
-    """
-    wanted = config.model.lora
-    if not wanted.rank:
-        return None
-    made = Lora(wanted.rank, wanted.alpha, tuple(wanted.targets), wanted.rslora, wanted.base == "int8")
-    if wanted.adapter:
-        found, _ = peft.read_config(wanted.adapter)
-        for field in ("rank", "alpha", "rslora"):
-            if (there := getattr(found, field)) != getattr(made, field):
-                raise UserError(
-                    f"model.lora.{field}={getattr(made, field)}, but the adapter in {wanted.adapter} has {there}; "
-                    f"set model.lora.{field}={there}"
-                )
-        made = dataclasses.replace(made, targets=found.targets)
-    return made
 
 
 def load_tokenizer(source: str) -> tuple[Path, Any]:

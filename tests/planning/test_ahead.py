@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.qwen3_4b_grpo_tcr import get_config
-from open_agentrl_jax.planning import ahead, chips, topologies, workload
+from open_agentrl_jax.planning import ahead, chips, memory, topologies, workload
 from open_agentrl_jax.planning.shapes import shape_of
 from open_agentrl_jax.types import UserError
 
@@ -21,6 +21,22 @@ def test_without_the_model_its_shape_comes_from_the_config_name():
     config.name = "other"
     with pytest.raises(UserError, match="starts with one of qwen3_4b, qwen2_5_7b"):
         shape_of(config)
+
+
+def test_adapters_are_planned_beside_frozen_weights():
+    config = get_config()
+    config.model.lora.rank, config.packing.rows = 32, 1
+    made = ahead.plan(config, jax.devices()[:1], layers=2)
+    state, frozen = made.arguments[0], made.arguments[3]
+    weights = sum(x.size for x in jax.tree.leaves(frozen))
+    assert ahead.bytes_of(frozen) == 2 * weights  # bfloat16
+    assert 0 < ahead.bytes_of(state.params) < 0.02 * 4 * weights
+    entries = {entry.name: entry.bytes for entry in memory.table(config, made.model, None)}
+    assert entries["frozen weights"] == 2 * weights
+    assert entries["gradients"] == entries["adapters (float32)"] == ahead.bytes_of(state.params)
+    config.model.lora.base = "int8"
+    smaller = ahead.plan(config, jax.devices()[:1], layers=2).arguments[3]
+    assert ahead.bytes_of(smaller) < ahead.bytes_of(frozen)
 
 
 def test_attention_cost_follows_the_packed_sequences():
