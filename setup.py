@@ -49,6 +49,7 @@ EXTRAS = {
         "torch>=2.6,<=2.13.0",
         *SERVERS,
         "mcp>=2,<3",
+        "openai>=2,<4",  # the client of foreign agents, run unchanged against our endpoint
         "sandbox-fusion>=0.3.7,<0.4",  # the official client, run unchanged against our server
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from launch import command
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.serve.agent import open_agent
+from open_agentrl_jax.run.chat_agent import open_agent
 from open_agentrl_jax.serve.terminal import talk
 from open_agentrl_jax.types import Sampling, UserError
 

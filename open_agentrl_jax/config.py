@@ -187,6 +187,16 @@ class Python:
 
 
 @dataclasses.dataclass
+class Harness:
+    """Somebody else's agent in place of the episode loop; see docs/harness.md."""
+
+    command: str = setting("", "command line of an agent that speaks the OpenAI chat API; empty: the episode loop")
+    function: str = setting("", '"module:function" of an async agent in place of `command`, which runs in this process')
+    variables: tuple = setting((), "environment variables that the command inherits")
+    max_tokens: int = setting(0, "sampled tokens per episode, all its sequences together; 0: no limit of its own")
+
+
+@dataclasses.dataclass
 class Agent:
     """Tools and episode budgets."""
 
@@ -203,6 +213,7 @@ class Agent:
     max_tool_tokens: int = setting(2048, "per tool output; longer ones lose their middle, with a mark", at_least=1)
     seconds: float = setting(1800.0, "per episode; what was sampled by then is graded", above=0)
     python: Python = section(Python)
+    harness: Harness = section(Harness)
     max_errors: float = setting(
         0.5, "end the run if exceptions of tools, grader or environment end more than this share of episodes", at_most=1
     )
@@ -380,7 +391,16 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
         agent.python.persistent and config.sandbox.urls,
         "agent.python.persistent needs the embedded sandbox; leave sandbox.urls empty, or set it to False",
     )
-    for field in ("agent.environment", "reward.grader"):
+    harness = agent.harness
+    yield (
+        harness.command and harness.function,
+        "agent.harness.command and agent.harness.function are both set; leave one empty",
+    )
+    yield (
+        (harness.command or harness.function) and agent.environment,
+        f"agent.environment={agent.environment} needs the episode loop, which agent.harness replaces; leave one empty",
+    )
+    for field in ("agent.environment", "agent.harness.function", "reward.grader"):
         name = lookup(config, field)
         yield name and not NAME.fullmatch(name), f"{field} is {name!r}; write 'module:name', or leave it empty"
     yield (

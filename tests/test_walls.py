@@ -36,9 +36,9 @@ WALLS = {
     "rollout": (*rooms("train", "sandbox", "rewards", "data"), *WIRING),
     "evaluation": WIRING,
     "collect": rooms("serve", "planning"),
-    "serve": rooms("collect", "planning"),
+    "serve": rooms("collect", "planning", "run"),
     "planning": rooms("run", "collect", "serve", "rollout", "agent", "sandbox"),
-    "run": rooms("collect", "serve"),
+    "run": rooms("collect"),
 } | {
     room: (*JAX, *rooms("models", "train", "algorithms"), *WIRING)
     for room in ("agent", "sandbox", "rewards", "data", "telemetry", "rollout/scheduler.py", *REMOTE)

@@ -126,6 +126,27 @@ def parse_any_format(text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
     return hermes(text)
 
 
+def spoken(text: str, form: Format = FORMATS["hermes"], *, ended: bool) -> str:
+    """The part of an unfinished turn that is certain to be words.
+
+    Raw calls are hidden; a half-written character or tag at the end is held back until the turn ends.
+    """
+    if form.whole:
+        thoughts, closing, body = text.rpartition("</think>")
+        begun = body.lstrip()
+        if begun.startswith(form.opening) or (not ended and form.opening.startswith(begun)):
+            text = thoughts + closing
+        return text if ended else text.rstrip("\ufffd")
+    text = text.partition(form.opening)[0]
+    if ended:
+        return text
+    text = text.rstrip("\ufffd")
+    for size in range(min(len(form.opening) - 1, len(text)), 0, -1):
+        if form.opening.startswith(text[-size:]):
+            return text[:-size]
+    return text
+
+
 def _tagged(text: str, read: Callable[[str, int], tuple[ToolCall, int]]) -> Parsed:
     """Scans for blocks that begin with OPEN; `read` decodes the one whose body starts at an index and finds its end."""
     blocks: list[tuple[int, int, ToolCall]] = []

@@ -61,6 +61,10 @@ class Chat:
             name = str(tokenizer.name_or_path)
             self.call_format = templates.call_format(self._render, lambda text: self._turns(text)[-1][1], name)
 
+    def showing(self, tools: Sequence[dict[str, Any]]) -> Chat:
+        """The same template with other tools."""
+        return Chat(self.tokenizer, tools, omit_newline=self._omit_newline)
+
     def encode(self, text: str) -> list[int]:
         """Text to ids. Special tokens in the text become special ids; none are added."""
         return self.tokenizer.encode(text, add_special_tokens=False)

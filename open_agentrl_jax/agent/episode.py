@@ -15,10 +15,9 @@ import traceback
 from collections.abc import Awaitable, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
+from open_agentrl_jax.agent.streams import Streams
 from open_agentrl_jax.rollout.engine import Engine, EngineError
 from open_agentrl_jax.types import Message, Sampling, Task, ToolCall, Trajectory, Turn, UserError
 
@@ -50,7 +49,10 @@ class Reply:
 class Policy(Protocol):
     """Answers one conversation, turn by turn."""
 
-    length: int  # response tokens so far, as far as the policy counts them
+    @property
+    def length(self) -> int:
+        """Response tokens so far, as far as the policy counts them."""
+        ...
 
     def start(self, messages: Sequence[Message]) -> None:
         """Takes the prompt."""
@@ -86,24 +88,26 @@ class TokenPolicy:
             session: names the episode to the engine.
         """
         self._engine, self._chat, self._sampling, self._session = engine, chat, sampling, session
-        self._tokens: list[int] = []
-        self._mask: list[bool] = []
-        self._logprobs: list[float] = []
-        self._versions: list[int] = []
-        self._prompt = self.length = 0
+        self._streams = Streams()
+        self._prompt = 0
+
+    @property
+    def length(self) -> int:
+        """See Policy."""
+        return len(self._streams) - self._prompt
 
     def start(self, messages: Sequence[Message]) -> None:
         """See Policy."""
-        self._add(self._chat.prompt(messages))
-        self._prompt, self.length = len(self._tokens), 0
+        self._streams.add(self._chat.prompt(messages))
+        self._prompt = len(self._streams)
 
     async def reply(self, room: int) -> Reply:
         """See Policy."""
         sampling = dataclasses.replace(self._sampling, max_tokens=room, stop_ids=self._chat.stop_ids)
-        completion = await self._engine.generate(self._tokens, sampling, session=self._session)
+        completion = await self._engine.generate(self._streams.tokens, sampling, session=self._session)
         if completion.finish_reason == "abort":
             raise EngineError("the engine aborted the request")
-        self._add(completion.ids, True, completion.logprobs, completion.version)
+        self._streams.add_sampled(completion)
         text = self._chat.decode(completion.ids.tolist())
         return Reply(*self._chat.parse(text), completion.finish_reason, len(completion.ids), text)
 
@@ -112,38 +116,24 @@ class TokenPolicy:
         ids = self._chat.following(messages)
         if self.length + len(ids) >= limit:
             return False
-        self._add(ids)
+        self._streams.add(ids)
         return True
 
     def trajectory(self, turns: list[Turn], stop: str, limit: int) -> Trajectory:
         """See Policy."""
-        response = self.length
-        if self._tokens and self._tokens[-1] in self._chat.stop_ids and response < limit:
-            self._add(self._chat.ending)
-        return Trajectory(
-            tokens=np.asarray(self._tokens, np.int32),
-            loss_mask=np.asarray(self._mask, bool),
-            logprobs=np.asarray(self._logprobs, np.float32),
-            versions=np.asarray(self._versions, np.int32),
-            turns=turns,
-            stop=stop,
-            metrics={
-                "response_length": float(response),
-                "prompt_length": float(self._prompt),
-                "tool_tokens": float(response - sum(self._mask)),
-            },
-        )
+        response, streams = self.length, self._streams
+        if streams.tokens and streams.tokens[-1] in self._chat.stop_ids and response < limit:
+            streams.add(self._chat.ending)
+        metrics = {
+            "response_length": float(response),
+            "prompt_length": float(self._prompt),
+            "tool_tokens": float(response - streams.sampled),
+        }
+        return Trajectory(**vars(streams.sequence(turns)), stop=stop, metrics=metrics)
 
     async def close(self) -> None:
         """See Policy."""
         await self._engine.release(self._session)
-
-    def _add(self, ids, sampled=False, logprobs=None, versions=None) -> None:
-        self._tokens += [int(i) for i in ids]
-        self._mask += [sampled] * len(ids)
-        self._logprobs += [0.0] * len(ids) if logprobs is None else [float(x) for x in logprobs]
-        self._versions += [-1] * len(ids) if versions is None else [int(x) for x in versions]
-        self.length += len(ids)
 
 
 class Fault(Exception):

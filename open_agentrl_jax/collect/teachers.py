@@ -15,9 +15,10 @@ from open_agentrl_jax.collect.endpoint import ChatEndpoint, MessagePolicy, Reply
 from open_agentrl_jax.collect.journal import Journal, RememberingEngine, digest, key_of, remembered
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.models import hf
+from open_agentrl_jax.rollout.engine import seed_of
 from open_agentrl_jax.rollout.scheduler import EventLoop, Play
 from open_agentrl_jax.run.engines import open_generation
-from open_agentrl_jax.run.players import Player, seed_of
+from open_agentrl_jax.run.players import Player
 from open_agentrl_jax.run.policy import load_policy, make_chat, open_folder
 from open_agentrl_jax.run.world import World
 from open_agentrl_jax.text import cut_middle

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from open_agentrl_jax.agent import episode
+from open_agentrl_jax.agent import episode, harness
 from open_agentrl_jax.agent.chat import Chat
+from open_agentrl_jax.agent.transcript import Chats, Transcript
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
-from open_agentrl_jax.rollout.engine import Engine
+from open_agentrl_jax.rollout.engine import Engine, seed_of
 from open_agentrl_jax.rollout.scheduler import EventLoop, Play, play_all
 from open_agentrl_jax.run.world import World
-from open_agentrl_jax.types import Group, Sampling, Task, Trajectory
+from open_agentrl_jax.types import Episode, Group, Sampling, Task, Trajectory
 
 
-def seed_of(*parts: Any) -> int:
-    """31 bits that depend on all parts and on nothing else."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
-
-
-def shape_reward(trajectory: Trajectory, config: Config) -> None:
+def shape_reward(trajectory: Trajectory | Episode, config: Config) -> None:
     """Adds turn bonus and overlong penalty to the grader's score; accuracy is unchanged."""
     reward, metrics = config.reward, trajectory.metrics
     rounds = sum(bool(turn.tool_outputs) for turn in trajectory.turns)
@@ -51,27 +45,50 @@ class Player:
     sampling: Sampling
     phase: str
 
-    async def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Trajectory:
+    def __post_init__(self) -> None:
+        self._chats = Chats(self.chat)
+
+    async def __call__(self, task: Task, *, position: int, sample: int, attempt: int) -> Trajectory | Episode:
         """Plays one episode; its random draws depend on seed, phase, position, sample and attempt alone."""
         config, agent = self.config, self.config.agent
         behaviour = BEHAVIOURS[config.behaviour]
         session = f"{self.phase}-{position}-{sample}-{attempt}"
-        environment = self.world.environment(
-            shorten=behaviour.shortener(self.chat, agent.max_tool_tokens), session=session
-        )
-        trajectory = await episode.run(
-            self.engine,
-            environment,
-            self.chat,
-            task,
-            dataclasses.replace(self.sampling, seed=seed_of(config.seed, self.phase, position, sample, attempt)),
-            episode.Budget(agent.max_turns, agent.max_response, agent.seconds),
-            session=session,
-            unreadable_call_ends=behaviour.first_call_only,
-        )
+        sampling = dataclasses.replace(self.sampling, seed=seed_of(config.seed, self.phase, position, sample, attempt))
+        budget = episode.Budget(agent.max_turns, agent.max_response, agent.seconds)
+        if self.world.harness is not None:
+            trajectory = await self._with_harness(self.world.harness, task, sampling, budget, session)
+        else:
+            environment = self.world.environment(
+                shorten=behaviour.shortener(self.chat, agent.max_tool_tokens), session=session
+            )
+            trajectory = await episode.run(
+                self.engine,
+                environment,
+                self.chat,
+                task,
+                sampling,
+                budget,
+                session=session,
+                unreadable_call_ends=behaviour.first_call_only,
+            )
         if not trajectory.aborted:
             shape_reward(trajectory, config)
         return trajectory
+
+    async def _with_harness(
+        self, agent: harness.Harness, task: Task, sampling: Sampling, budget: episode.Budget, session: str
+    ) -> Episode:
+        transcript = Transcript(
+            self.engine,
+            self._chats,
+            sampling,
+            budget,
+            max_prompt=self.config.agent.max_prompt,
+            session=session,
+            max_sampled=self.config.agent.harness.max_tokens,
+        )
+        world = self.world
+        return await harness.play(agent, world.endpoint, transcript, task, world.reward, seconds=budget.seconds)
 
 
 def play_through(

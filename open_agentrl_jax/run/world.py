@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from open_agentrl_jax.agent.environment import Environment, Reward, Tool, ToolEnvironment
+from open_agentrl_jax.agent.harness import Harness, split
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import NAME, Config
 from open_agentrl_jax.data.prompts import Reader
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.graders import grade
+from open_agentrl_jax.sandbox import confine
 from open_agentrl_jax.sandbox.client import Sandbox, SandboxSpec, open_sandbox
 from open_agentrl_jax.types import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -27,6 +32,8 @@ class World:
     reward: Reward
     make: Callable[..., Environment]
     schemas: list[dict[str, Any]]  # what the chat template shows
+    harness: Harness | None = None  # plays in place of the episode loop
+    endpoint: Any = None  # a serve.capture.Capture, with a harness
 
     def environment(
         self, *, shorten: Callable[[str], str], session: str = "", reward: Reward | None = None
@@ -36,7 +43,7 @@ class World:
 
     async def close(self) -> None:
         """Ends what tools and sandbox hold."""
-        for part in (*self.tools, self.sandbox):
+        for part in (self.endpoint, *self.tools, self.sandbox):
             if (close := getattr(part, "close", None)) is not None:
                 await close()
 
@@ -52,6 +59,7 @@ def open_world(config: Config, *, tools: bool = True) -> World:
         UserError: nothing isolates here, a name leads nowhere, an MCP server does not start, two tools have one name.
     """
     behaviour = BEHAVIOURS[config.behaviour]
+    harness = open_harness(config) if tools else None
     if config.agent.environment:
         make = load("agent.environment", config.agent.environment)
     else:
@@ -60,18 +68,42 @@ def open_world(config: Config, *, tools: bool = True) -> World:
     sandbox = open_sandbox(spec_of(config))
     opened: list[Tool] = []
     try:
-        for name in config.agent.tools if tools else ():
+        for name in config.agent.tools if tools and harness is None else ():
             opened += open_tools(config, name, sandbox)
             _check(opened, name)
         reward = own or functools.partial(grade, sandbox=sandbox, mode=behaviour.mode)
         world = World(sandbox, opened, reward, make, [])
         world.schemas = list(world.environment(shorten=str).tools) if tools else []
+        if harness is not None:
+            from open_agentrl_jax.serve.capture import Capture  # imported late: it needs the extra [servers]
+
+            world.harness, world.endpoint = harness, Capture()
         return world
     except BaseException:
         for part in (*opened, sandbox):
             if (stop := getattr(part, "stop", None)) is not None:
                 stop()
         raise
+
+
+def open_harness(config: Config) -> Harness | None:
+    """What `agent.harness` names; None where the episode loop plays.
+
+    Raises:
+        UserError: there is no such program or function.
+    """
+    given = config.agent.harness
+    if given.function:
+        return Harness(function=load("agent.harness.function", given.function))
+    if not given.command:
+        return None
+    try:
+        split(given.command)
+    except ValueError as error:
+        raise UserError(f"agent.harness.command: {error}; give a command line such as 'python my_agent.py'") from None
+    if not confine.available():
+        log.warning("agent.harness: this kernel has no Landlock, so the command may write anywhere")
+    return Harness(given.command, variables=tuple(given.variables))
 
 
 def open_tools(config: Config, name: str, sandbox: Sandbox) -> list[Tool]:

@@ -35,6 +35,7 @@ CAP_DAC_READ_SEARCH = 2
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 MAKE_CHAR, MAKE_SOCK, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 11
 READ = READ_FILE | READ_DIR
+CHANGES = 0x7FFF & ~(EXECUTE | READ)  # everything that changes a file or directory
 FILES = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)  # ABI 0 (none), 1, 2, 3, 4, 5 and later
 
 HUGE = 2 << 20  # bytes of a huge page
@@ -132,18 +133,20 @@ def landlock_abi() -> int:
     return max(_syscall(444, None, ctypes.c_size_t(0), 1), 0)
 
 
-def landlock_ruleset(abi: int, rules: list[tuple[int, int]]) -> int:
+def landlock_ruleset(abi: int, rules: list[tuple[int, int]], *, handled: int = FILES[-1], network: bool = True) -> int:
     """Creates a ruleset that denies all but the rules: other files, TCP ports, abstract sockets, signals to outside.
 
     Args:
         abi: of `landlock_abi`.
         rules: (descriptor of a file or directory, allowed access) pairs.
+        handled: kinds of access that are denied where no rule allows them.
+        network: deny TCP ports.
 
     Returns:
         The ruleset's descriptor, for `landlock_enter`.
     """
-    handled = FILES[min(abi, len(FILES) - 1)]
-    attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    handled &= FILES[min(abi, len(FILES) - 1)]
+    attributes = struct.pack("QQQ", handled, 3 if network and abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = check(_syscall(444, attributes, ctypes.c_size_t(size), 0))
     for descriptor, access in rules:

@@ -12,24 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
-import time
 import uuid
 from typing import Any
 
 from aiohttp import web
 
 from open_agentrl_jax import guard
-from open_agentrl_jax.run.players import seed_of
-from open_agentrl_jax.serve.agent import Agent
-from open_agentrl_jax.serve.streaming import Event, Listener
+from open_agentrl_jax.rollout.engine import seed_of
+from open_agentrl_jax.serve.protocol import DONE, STREAM, Chunks, event, read_json, read_text, refusal, usage
+from open_agentrl_jax.serve.streaming import Event, Listener, Responder
 from open_agentrl_jax.types import Message, Sampling, UserError
 
 FENCES = {"text": "{}", "call": "\n```python\n{}\n```\n", "output": "```output\n{}\n```\n"}
 ROLES = ("system", "user", "assistant")
 UNSUPPORTED = ("tools", "functions", "logprobs", "response_format", "stop", "logit_bias")
 FINISH = {"answer": "stop", "length": "length", "turns": "length", "time": "length"}
-AGENT = web.AppKey("agent", Agent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +65,9 @@ def read_question(body: Any, temperature: float) -> Question:
     messages = []
     for i, message in enumerate(body["messages"]):
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if role not in ROLES or not isinstance(content, str):
+        content = read_text(content, f"messages[{i}]")
+        if role not in ROLES or content is None:
             raise UserError(f"messages[{i}]: give role ({', '.join(ROLES)}) and content as text")
-        if any("\ud800" <= letter <= "\udfff" for letter in content):
-            raise UserError(f"messages[{i}]: content has half a surrogate pair, which is not text")
         messages.append(Message(role, content))
     if messages[-1].role != "user":
         raise UserError("messages: the last one must be the user's")
@@ -93,7 +87,7 @@ def read_question(body: Any, temperature: float) -> Question:
     return Question(messages, sampling, limit, bool(body.get("stream")))
 
 
-def make_app(agent: Agent, spec: Spec) -> web.Application:
+def make_app(agent: Responder, spec: Spec) -> web.Application:
     """Builds the web application."""
 
     @web.middleware
@@ -101,24 +95,16 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
         if spec.token:
             given = request.headers.get("Authorization", "")
             if request.path != "/health" and not guard.matches(given, spec.token):
-                return _refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
+                return refusal(401, "a bearer token is needed: the server's CHAT_TOKEN")
         elif guard.foreign(request.headers):
-            return _refusal(403, "Host and Origin must be loopback names; set CHAT_TOKEN to allow others")
+            return refusal(403, "Host and Origin must be loopback names; set CHAT_TOKEN to allow others")
         try:
             return await handler(request)
         except UserError as error:
-            return _refusal(400, str(error))
+            return refusal(400, str(error))
 
     async def complete(request: web.Request) -> web.StreamResponse:
-        if "Content-Type" not in request.headers:
-            raise UserError("Content-Type is missing; send application/json")
-        if request.content_type != "application/json" or "Content-Encoding" in request.headers:
-            return _refusal(415, "send the body as Content-Type: application/json, without Content-Encoding")
-        try:
-            body = json.loads(await request.read())
-        except (ValueError, RecursionError):
-            raise UserError("the body is not JSON") from None
-        question = read_question(body, spec.temperature)
+        question = read_question(await read_json(request), spec.temperature)
         answer = _Answer(agent.name)
         return await (_streamed if question.stream else _whole)(request, agent, question, answer)
 
@@ -135,12 +121,10 @@ def make_app(agent: Agent, spec: Spec) -> web.Application:
     return app
 
 
-class _Answer:
-    """The fields that all chunks of one answer share."""
+class _Answer(Chunks):
+    """One answer as text with fenced blocks."""
 
-    def __init__(self, model: str):
-        self.common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._begun = False
+    _begun = False
 
     def words(self, event: Event) -> str:
         """An event as text of the answer; the answer begins without white space."""
@@ -149,24 +133,18 @@ class _Answer:
         self._begun = self._begun or bool(text)
         return text
 
-    def chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        data = {**self.common, "object": "chat.completion.chunk", "choices": [choice], **more}
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
-
-async def _played(agent: Agent, question: Question, listen: Listener) -> dict[str, Any]:
+async def _played(agent: Responder, question: Question, listen: Listener) -> dict[str, Any]:
     trajectory = await agent.answer(question.messages, question.sampling, listen, max_tokens=question.max_tokens)
     if trajectory.aborted:
         raise RuntimeError("the sandbox or the engine failed, or the answer took too long; try again")
     prompt = int(trajectory.metrics["prompt_length"])
     response = int(trajectory.metrics["response_length"])
-    usage = {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
     details = {"stop": trajectory.stop, "messages": [message.to_chat() for message in trajectory.said]}
-    return {"finish": FINISH[trajectory.stop], "usage": usage, "agent": details}
+    return {"finish": FINISH[trajectory.stop], "usage": usage(prompt, response), "agent": details}
 
 
-async def _whole(request: web.Request, agent: Agent, question: Question, answer: _Answer) -> web.StreamResponse:
+async def _whole(request: web.Request, agent: Responder, question: Question, answer: _Answer) -> web.StreamResponse:
     text: list[str] = []
 
     async def listen(event: Event) -> None:
@@ -175,14 +153,13 @@ async def _whole(request: web.Request, agent: Agent, question: Question, answer:
     try:
         played = await _played(agent, question, listen)
     except RuntimeError as error:
-        return _refusal(503, str(error))
+        return refusal(503, str(error))
     message = {"role": "assistant", "content": "".join(text)}
-    choice = {"index": 0, "message": message, "finish_reason": played.pop("finish")}
-    return web.json_response({**answer.common, "object": "chat.completion", "choices": [choice], **played})
+    return answer.whole(message, **played)
 
 
-async def _streamed(request: web.Request, agent: Agent, question: Question, answer: _Answer) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+async def _streamed(request: web.Request, agent: Responder, question: Question, answer: _Answer) -> web.StreamResponse:
+    response = web.StreamResponse(headers=STREAM)
 
     async def listen(event: Event) -> None:
         if text := answer.words(event):
@@ -194,17 +171,13 @@ async def _streamed(request: web.Request, agent: Agent, question: Question, answ
         played = await _played(agent, question, listen)
         await response.write(answer.chunk({}, **played))
     except (RuntimeError, UserError) as error:  # the status line is already sent
-        await response.write(f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode())
-    await response.write(b"data: [DONE]\n\n")
+        await response.write(event({"error": {"message": str(error)}}))
+    await response.write(DONE)
     await response.write_eof()
     return response
 
 
-def _refusal(status: int, text: str) -> web.Response:
-    return web.json_response({"error": {"message": text, "type": "invalid_request_error"}}, status=status)
-
-
-async def serve(agent: Agent, spec: Spec) -> None:
+async def serve(agent: Responder, spec: Spec) -> None:
     """Serves until cancelled; prints the address.
 
     Raises:

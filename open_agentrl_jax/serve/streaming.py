@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-
-import numpy as np
+from typing import Protocol
 
 from open_agentrl_jax.agent import episode
-from open_agentrl_jax.agent.calls import FORMATS, Format
+from open_agentrl_jax.agent.calls import FORMATS
+from open_agentrl_jax.agent.calls import spoken as spoken
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.environment import Environment, Step
-from open_agentrl_jax.rollout.engine import Engine
+from open_agentrl_jax.rollout.engine import Engine, in_pieces, joined
 from open_agentrl_jax.types import Completion, Message, Sampling, Task, Trajectory
 
 PIECE = 8  # tokens between two events
@@ -32,6 +32,18 @@ class Event:
 Listener = Callable[[Event], Awaitable[None]]
 
 
+class Responder(Protocol):
+    """Answers conversations; see run.chat_agent."""
+
+    name: str
+
+    async def answer(
+        self, history: list[Message], sampling: Sampling, listen: Listener, *, max_tokens: int = 0
+    ) -> Trajectory:
+        """Streams the answer to `listen`; `max_tokens` 0: as many as the agent's budget allows."""
+        ...
+
+
 class Watched:
     """An engine and an environment around others, which report events to a listener."""
 
@@ -44,20 +56,15 @@ class Watched:
         parts: list[Completion] = []
         sampled: list[int] = []
         shown = 0
-        while True:
-            room = sampling.max_tokens - len(sampled)
-            piece = dataclasses.replace(sampling, max_tokens=min(PIECE, room))
-            parts.append(await self._engine.generate([*ids, *sampled], piece, session=session))
-            sampled += parts[-1].ids.tolist()
-            ended = parts[-1].finish_reason != "length" or len(sampled) >= sampling.max_tokens
+        async for part in in_pieces(self._engine, ids, sampling, session=session, size=PIECE):
+            parts.append(part)
+            sampled += part.ids.tolist()
+            ended = part.finish_reason != "length" or len(sampled) >= sampling.max_tokens
             words = spoken(self._chat.decode(sampled), FORMATS[self._chat.call_format], ended=ended)
             if len(words) > shown:
                 await self._listen(Event("text", words[shown:]))
                 shown = len(words)
-            if ended:
-                break
-        columns = {n: np.concatenate([getattr(part, n) for part in parts]) for n in ("ids", "logprobs", "version")}
-        return Completion(finish_reason=parts[-1].finish_reason, **columns)
+        return joined(parts)
 
     async def update_weights(self, path: str, version: int) -> None:
         """See rollout.engine."""
@@ -85,27 +92,6 @@ class Watched:
     async def close(self) -> None:
         """See agent.environment."""
         await self._environment.close()
-
-
-def spoken(text: str, form: Format = FORMATS["hermes"], *, ended: bool) -> str:
-    """The part of an unfinished turn that is certain to be words.
-
-    Raw calls are hidden; a half-written character or tag at the end is held back until the turn ends.
-    """
-    if form.whole:
-        thoughts, closing, body = text.rpartition("</think>")
-        begun = body.lstrip()
-        if begun.startswith(form.opening) or (not ended and form.opening.startswith(begun)):
-            text = thoughts + closing
-        return text if ended else text.rstrip("\ufffd")
-    text = text.partition(form.opening)[0]
-    if ended:
-        return text
-    text = text.rstrip("\ufffd")
-    for size in range(min(len(form.opening) - 1, len(text)), 0, -1):
-        if form.opening.startswith(text[-size:]):
-            return text[:-size]
-    return text
 
 
 async def reply(

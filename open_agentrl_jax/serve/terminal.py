@@ -9,10 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.syntax import Syntax
 
+from open_agentrl_jax.rollout.engine import seed_of
 from open_agentrl_jax.rollout.scheduler import EventLoop
-from open_agentrl_jax.run.players import seed_of
-from open_agentrl_jax.serve.agent import Agent
-from open_agentrl_jax.serve.streaming import Event, Listener
+from open_agentrl_jax.serve.streaming import Event, Listener, Responder
 from open_agentrl_jax.text import printable
 from open_agentrl_jax.types import Message, Sampling, UserError
 
@@ -39,7 +38,7 @@ def printer(console: Console) -> Listener:
     return listen
 
 
-def talk(agent: Agent, loop: EventLoop, console: Console, sampling: Sampling) -> None:
+def talk(agent: Responder, loop: EventLoop, console: Console, sampling: Sampling) -> None:
     """Reads questions and prints answers until the user leaves; draws depend on `sampling.seed` and the history."""
     history: list[Message] = []
     listen = printer(console)

@@ -17,9 +17,11 @@ EPISODE = np.dtype(
         *((name, "f8") for name in ("reward", "accuracy", "response_length", "prompt_length", "num_turns")),
         *((name, "f8") for name in ("tool_calls", "tool_success", "seconds")),
         *((name, "i8") for name in ("tokens", "sampled", "age", "oldest")),
+        *((name, "i8") for name in ("sequences", "refused", "retokenised", "trained_twice")),  # of foreign agents
     ]
 )
 COPIED = ("response_length", "prompt_length", "num_turns", "tool_calls", "tool_success", "seconds")
+COPIED += ("sequences", "refused", "retokenised", "trained_twice")
 
 
 def episode_table(groups: Sequence[Group], *, version: int | None = None) -> np.ndarray:
@@ -79,6 +81,13 @@ def rollout_metrics(episodes: np.ndarray) -> dict[str, float]:
         "tool_success/mean": column["tool_success"].sum() / calls.sum() if calls.sum() else 0.0,
         "groups/equal": episodes["equal"].mean(),
     }
+    if (foreign := column["sequences"] > 0).any():
+        metrics |= {
+            "harness/sequences": column["sequences"][foreign].mean(),
+            "harness/refused": column["refused"][foreign].mean(),
+            "harness/retokenised": column["retokenised"].sum(),
+            "harness/trained_twice": column["trained_twice"].sum(),
+        }
     if sampled := column["sampled"].sum():
         metrics |= {"staleness/mean": column["age"].sum() / sampled, "staleness/max": column["oldest"].max()}
     return {name: float(value) for name, value in metrics.items()}

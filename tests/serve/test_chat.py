@@ -17,10 +17,10 @@ from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import Config, NewModel, to_dict
 from open_agentrl_jax.data import synthetic
+from open_agentrl_jax.run.chat_agent import Agent, open_agent
 from open_agentrl_jax.run.policy import create_model
 from open_agentrl_jax.run.world import open_world
 from open_agentrl_jax.serve import endpoint as chat_server
-from open_agentrl_jax.serve.agent import Agent, open_agent
 from open_agentrl_jax.serve.streaming import Event
 from open_agentrl_jax.serve.terminal import printer
 from open_agentrl_jax.text import printable
