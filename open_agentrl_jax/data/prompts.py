@@ -85,7 +85,7 @@ _FAMILIES = (
     ("gpqa", r"gpqa"),
     ("choice", r"choice"),
     ("gsm8k", r"gsm8k"),
-    ("aime", r"aime"),
+    ("aime", r"(?<!beyond)(?<!beyond.)aime"),  # answers of BeyondAIME may exceed 999
     ("science", r"scien|physic|chemi|biolog"),
     ("math", r""),
 )

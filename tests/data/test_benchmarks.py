@@ -23,6 +23,21 @@ def test_a_local_copy_of_any_file_name_gets_the_template_of_its_set(tmp_path):
         assert TOOL_HINT not in bare.messages[0].content and "tool" not in bare.messages[0].content
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "family"),
+    [
+        ("aime_2026", 277, "aime"),
+        ("hmmt_feb_2025", "103", "math"),
+        ("hmmt_feb_2026", "-\\frac{1}{21}", "math"),
+        ("beyond_aime", 123456, "math"),
+    ],
+)
+def test_newer_contests_are_read_in_their_documented_columns(tmp_path, name, answer, family):
+    row = {"problem_idx": 1, "problem": "Compute it.", "answer": answer}
+    (task,) = read_problems(f"{name}={write(tmp_path / 'rows.jsonl', [row])}")
+    assert str(task.answer) == str(answer) and task.messages[0].content.startswith(TEMPLATES[family].preamble)
+
+
 def test_the_slice_of_livecodebench_is_cut_by_the_month_of_the_contest(tmp_path):
     months = ["2024-12", "2025-01", "2025-02", "2025-04", "2025-05", "2025-06"]
     tests = ([case("1", "1")], [case("2", "2")])
