@@ -1,7 +1,7 @@
 """Collects the SFT set: right tool-use trajectories of a teacher.
 
     python -m launch.collect --config=configs/quickstart.py --teacher=runs/quickstart/export --tries=4
-    python -m launch.collect --config=configs/qwen3_4b_grpo_tcr.py --config.data.train=gsm8k_train.jsonl \\
+    python -m launch.collect --config=configs/qwen3_4b_grpo_tcr.py --config.data.problems=gsm8k_train.jsonl \\
         --endpoint=https://host/v1 --endpoint_model=NAME          # OPENAI_API_KEY holds the key
 
 The teacher is a Hugging Face folder on the embedded engine, SGLang servers (`--config.rollout.engine=sglang`) or an
@@ -46,15 +46,15 @@ class Options:
 
 def main(config: Config, options: Options) -> int:
     """Collects one SFT set."""
-    if not config.data.train:
+    if not config.data.problems:
         raise UserError(f"config {config.name!r}: data.train is empty; name the problems to collect on")
     output = Path(options.output or Path(config.directory) / "collected").absolute()
     output.mkdir(parents=True, exist_ok=True)
     contaminated, against = collection.contamination(options.decontaminate, config.data.eval, reader_of(config))
     card: dict[str, Any] = {
-        "title": f"{options.style} trajectories, {config.data.train}",
+        "title": f"{options.style} trajectories, {config.data.problems}",
         "made": {
-            "style": options.style, "problems": config.data.train, "seed": config.seed,
+            "style": options.style, "problems": config.data.problems, "seed": config.seed,
             "decontaminated": ", ".join(against) or "against nothing",
             "evaluation problems": contaminated.texts, "words in a row": collection.NGRAM,
         },

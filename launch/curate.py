@@ -60,7 +60,7 @@ def parse_target(text: str) -> dict[str, float] | None:
 
 def main(config: Config, options: Options) -> int:
     """Curates one RL set."""
-    if not config.data.train:
+    if not config.data.problems:
         raise UserError(f"config {config.name!r}: data.train is empty; name the problems to choose from")
     target = parse_target(options.target)
     contaminated, against = collection.contamination(options.decontaminate, config.data.eval, reader_of(config))
@@ -82,7 +82,7 @@ def main(config: Config, options: Options) -> int:
         read = list(mixture)[: options.limit or None]
         tasks = [task for task in read if not contaminated(collection.problem_of(task))]
         if not tasks:
-            raise UserError(f"data.train {config.data.train}: all {len(read)} problems are in an evaluation set")
+            raise UserError(f"data.train {config.data.problems}: all {len(read)} problems are in an evaluation set")
         for note in notes:
             screen.say(note)
         policy = teacher.start()
@@ -106,9 +106,9 @@ def main(config: Config, options: Options) -> int:
             "rollouts saved by the journal": journal.found,
         }
         card = {
-            "title": f"{config.data.train} by difficulty for {model}",
+            "title": f"{config.data.problems} by difficulty for {model}",
             "made": {
-                "model": model, "problems": config.data.train, "tries": options.tries, "target": options.target,
+                "model": model, "problems": config.data.problems, "tries": options.tries, "target": options.target,
                 "seed": config.seed, "temperature": config.rollout.temperature,
                 "decontaminated": ", ".join(against) or "against nothing",
                 "left out": "; ".join(notes) or "nothing",

@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 
 from launch.command import Parser
-from open_agentrl_jax.config import Config
+from open_agentrl_jax.config import Config, Source
 from open_agentrl_jax.settings import sections
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
@@ -34,7 +34,7 @@ def allowed(field: dataclasses.Field) -> str:
 def text() -> str:
     """The page."""
     lines = [HEAD]
-    for name, part in sections(Config()):
+    for name, part in [*sections(Config()), *sections(Source(), "data.sources[i]")]:
         doc = " ".join((inspect.getdoc(type(part)) or "").split())
         lines += [
             f"## {name or 'top level'}",

@@ -5,6 +5,7 @@ A file in configs/ returns one `Config`. Each field states its default, meaning 
 in seconds. There are no postponed annotations, because ml_collections reads the field types.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -70,6 +71,40 @@ class Model:
 
 
 @dataclasses.dataclass
+class Harness:
+    """Somebody else's agent in place of the episode loop; see docs/harness.md."""
+
+    command: str = setting("", "command line of an agent that speaks the OpenAI chat API; empty: the episode loop")
+    function: str = setting("", '"module:function" of an async agent in place of `command`, which runs in this process')
+    variables: tuple = setting((), "environment variables that the command inherits")
+    max_tokens: int = setting(0, "sampled tokens per episode, all its sequences together; 0: no limit of its own")
+
+
+@dataclasses.dataclass
+class Source:
+    """One row of `data.sources`: problems, and what plays them. Empty fields and 0 take the value of the run.
+
+    A row that names an environment or a harness takes neither from the run.
+    """
+
+    path: str = setting("", "as in `data.train`", path=True)
+    name: str = setting("", "in metrics and trajectories; empty: the file's name")
+    weight: float = setting(1.0, "share of the prompts relative to the other rows", above=0)
+    environment: str = setting("", "in place of `agent.environment`")
+    harness: Harness = section(Harness)
+    tools: tuple = setting(("run",), 'in place of `agent.tools`; "run": those of the run')
+    grader: str = setting("", "in place of `reward.grader`")
+    max_turns: int = setting(0, "in place of `agent.max_turns`")
+    max_response: int = setting(0, "in place of `agent.max_response`, and at most as large")
+    seconds: float = setting(0.0, "in place of `agent.seconds`")
+
+    @property
+    def label(self) -> str:
+        """The name in metrics."""
+        return self.name or re.sub(r"\W+", "_", self.path.rpartition("/")[2].partition(".")[0])
+
+
+@dataclasses.dataclass
 class Data:
     """Problems and conversations; `train` and `eval` must have no problem in common."""
 
@@ -78,6 +113,7 @@ class Data:
         '"arithmetic" (generated), a jsonl or parquet file, or a weighted mixture: "a.parquet:3,b.jsonl:1"',
         path=True,
     )
+    sources: tuple = setting((), "in place of `train`: a tuple of Source, each with an environment of its own")
     eval: str = setting("", 'held-out problems: "arithmetic" or one file; empty: no evaluation', path=True)
     sft: str = setting("", 'conversations: "arithmetic", or files as in `train`, with a `messages` column', path=True)
     format: str = setting("auto", 'a row format of data.prompts, or "module:function" from a row to a Problem')
@@ -88,6 +124,11 @@ class Data:
         path=True,
         resumable=True,
     )
+
+    @property
+    def problems(self) -> str:
+        """The problems of RL in the form of `train`, whether they are given there or in `sources`."""
+        return self.train or ",".join(f"{source.path}:{source.weight:g}" for source in self.sources)
 
 
 @dataclasses.dataclass
@@ -184,16 +225,6 @@ class Python:
     persistent: bool = setting(
         False, "keep variables across the calls of an episode, in one process; needs the embedded sandbox"
     )
-
-
-@dataclasses.dataclass
-class Harness:
-    """Somebody else's agent in place of the episode loop; see docs/harness.md."""
-
-    command: str = setting("", "command line of an agent that speaks the OpenAI chat API; empty: the episode loop")
-    function: str = setting("", '"module:function" of an async agent in place of `command`, which runs in this process')
-    variables: tuple = setting((), "environment variables that the command inherits")
-    max_tokens: int = setting(0, "sampled tokens per episode, all its sequences together; 0: no limit of its own")
 
 
 @dataclasses.dataclass
@@ -370,12 +401,36 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # "mo
 TOOL = re.compile(rf"python|mcp:\s*\S.*|{NAME.pattern}")
 
 
+def row_config(config: Config, source: Source) -> Config:
+    """The config that plays the problems of one row of `data.sources`."""
+    row = copy.deepcopy(config)
+    row.data.sources = ()
+    agent = row.agent
+    if source.environment or source.harness.command or source.harness.function:
+        agent.environment, agent.harness = source.environment, copy.deepcopy(source.harness)
+    if tuple(source.tools) != ("run",):
+        agent.tools = source.tools
+    row.reward.grader = source.grader or row.reward.grader
+    for name in ("max_turns", "max_response", "seconds"):
+        setattr(agent, name, getattr(source, name) or getattr(agent, name))
+    row.reward.overlong_buffer = min(row.reward.overlong_buffer, agent.max_response)
+    return row
+
+
 def validate(config: Config) -> list[str]:
     """All faults of a config, one line each with field and cure; empty if there is none."""
     faults = [fault(name, getattr(part, field.name), field) for name, part, field in settings(config)]
+    if not all(isinstance(source, Source) for source in config.data.sources):
+        faults.append("data.sources holds something other than Source(path=...); give a tuple of them")
     if any(faults):
         return [text for text in faults if text]
-    return [text for broken, text in _rules(config) if broken]
+    found = [text for broken, text in _rules(config) if broken]
+    if not found:
+        for i, source in enumerate(config.data.sources):
+            row = row_config(config, source)
+            row.data.train = source.path
+            found += [f"data.sources[{i}]: {text}" for broken, text in _rules(row) if broken]
+    return found
 
 
 def _rules(config: Config) -> Iterator[tuple[Any, str]]:
@@ -407,7 +462,15 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
         rl.prompts % rl.mini_batches,
         f"rl.prompts={rl.prompts} is not divisible by rl.mini_batches={rl.mini_batches}; choose a divisor",
     )
-    yield trains_rl and not config.data.train, "data.train is empty; name the RL problems (a jsonl or parquet file)"
+    yield config.data.train and config.data.sources, "data.train and data.sources are both set; leave one empty"
+    for i, source in enumerate(config.data.sources):
+        yield not source.path, f"data.sources[{i}].path is empty; name its problems"
+        yield (
+            source.max_response > agent.max_response,
+            f"data.sources[{i}].max_response={source.max_response} exceeds agent.max_response={agent.max_response}, "
+            "which sets the length of rows and caches; raise the latter",
+        )
+    yield trains_rl and not config.data.problems, "data.train is empty; name the RL problems (a jsonl or parquet file)"
     yield trains_sft and not config.data.sft, "data.sft is empty; name the SFT conversations (a jsonl or parquet file)"
     yield (
         trains_rl and rollout.temperature == 0,
@@ -464,6 +527,6 @@ def _rules(config: Config) -> Iterator[tuple[Any, str]]:
         f"{agent.max_prompt + agent.max_response}; raise it, or set 0 to derive it",
     )
     yield (
-        not (config.model.path or config.model.tokenizer) and config.data.train not in ("", "arithmetic"),
+        not (config.model.path or config.model.tokenizer) and config.data.problems not in ("", "arithmetic"),
         "model.tokenizer is empty; a new model on real problems needs one (a folder with tokenizer.json)",
     )

@@ -68,8 +68,13 @@ def sections(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, section) of a config, itself first, with the name ""."""
     yield prefix, part
     for field in dataclasses.fields(part):
+        name = f"{prefix}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(inner := getattr(part, field.name)):
-            yield from sections(inner, f"{prefix}.{field.name}".lstrip("."))
+            yield from sections(inner, name)
+        elif isinstance(inner, list | tuple):  # a table, whose rows are sections
+            for i, row in enumerate(inner):
+                if dataclasses.is_dataclass(row):
+                    yield from sections(row, f"{name}[{i}]")
 
 
 def settings(config: Any) -> Iterator[tuple[str, Any, dataclasses.Field]]:
@@ -108,6 +113,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries; a number has its field's type, so that 20 equals 20.0."""
 
     def plain(value: Any, kind: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(plain(inner, None) for inner in value)
         return to_dict(value) if dataclasses.is_dataclass(value) else float(value) if kind is float else value
 
     return {f.name: plain(getattr(config, f.name), f.type) for f in dataclasses.fields(config)}

@@ -38,7 +38,7 @@ class Gathering:
 
 def choose(work: Gathering, chat: Any) -> list[Task]:
     """The problems to play; contaminated ones are left out before they cost a call."""
-    train = work.config.data.train
+    train = work.config.data.problems
     mixture, notes = inputs.training_problems(work.config, chat)
     tasks = list(mixture)[: work.limit or None]
     clean = [task for task in tasks if not work.contaminated(collection.problem_of(task))]

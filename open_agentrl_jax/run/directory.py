@@ -101,7 +101,8 @@ def claim_data(directory: Path, config: Config) -> None:
     facts = json.loads(read_text(mark))
     known, present = facts.get("data", {}), {}
     for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
-        for part in getattr(config.data, field).split(",") if used else ():
+        text = config.data.problems if field == "train" else config.data.sft
+        for part in text.split(",") if used else ():
             if (match := WEIGHTED.fullmatch(part.strip())) and (path := match["path"]) != "arithmetic":
                 present[f"data.{field}={path}"] = rows.fingerprint(place_of(path))
     changed = [name for name, digest in present.items() if known.get(name, digest) != digest]

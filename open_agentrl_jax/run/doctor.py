@@ -156,7 +156,7 @@ def data(config: Config) -> str:
         return "generated problems"
     chat = _chat(config)
     train: Any = []
-    if config.data.train and (config.rl.steps or config.rl.epochs):
+    if config.data.problems and (config.rl.steps or config.rl.epochs):
         train, _ = inputs.training_problems(config, chat)
         found.append(f"{len(train)} problems")
     if config.data.eval:

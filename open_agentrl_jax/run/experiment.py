@@ -188,8 +188,9 @@ def load_data(
     tasks, conversations = Mixture[Task]([], []), Mixture[Any]([], [])
     held_out: list[Task] = []
     notes: list[str] = []
-    if config.data.train and (config.rl.steps or config.rl.epochs):
-        tasks, notes = inputs.training_problems(config, chat)
+    if config.data.problems and (config.rl.steps or config.rl.epochs):
+        schemas = processes.share([row.schemas for row in world.rows] if world else [])
+        tasks, notes = inputs.training_problems(config, chat, schemas)
     if config.data.eval:
         found, more = inputs.problems(config, config.data.eval, chat, evaluation=True)
         held_out, notes = list(found), notes + more

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.config import Config
+from open_agentrl_jax.config import Config, row_config
 from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
@@ -74,16 +76,49 @@ def _distinct(tasks: Source[Task]) -> list[int]:
     return list(first.values())
 
 
-def training_problems(config: Config, chat: Chat) -> tuple[Mixture[Task], list[str]]:
-    """The problems of `data.train`, source by source; and what was left out, in words."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Problems of one source of several. Their `extra` holds the source's place and name."""
+
+    source: Source[Task]
+    place: int
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Task:
+        task = self.source[index]
+        return dataclasses.replace(task, extra={**task.extra, "row": self.place, "row_name": self.name})
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[i] for i in range(len(self)))
+
+
+def training_problems(config: Config, chat: Chat, schemas: Sequence[Any] = ()) -> tuple[Mixture[Task], list[str]]:
+    """The training problems, source by source; and what was left out, in words.
+
+    Args:
+        config: names the sources.
+        chat: of the run.
+        schemas: of the tools of each row of `data.sources`, for the length of prompts; empty: those of `chat`.
+    """
     notes: list[str] = []
+    rows = config.data.sources
 
     def read(path: str) -> Subset[Task]:
-        found, more = problems(config, path, chat, evaluation=False)
+        place = next(places)
+        own = row_config(config, rows[place]) if rows else config
+        found, more = problems(own, path, chat.showing(schemas[place]) if schemas else chat, evaluation=False)
         notes.extend(more)
         return found
 
-    return read_mixture("data.train", config.data.train, read), notes
+    places = itertools.count()
+    mixture = read_mixture("data.sources" if rows else "data.train", config.data.problems, read)
+    if rows:
+        labelled = [Row(source, i, rows[i].label) for i, source in enumerate(mixture.sources)]
+        mixture = Mixture[Task](labelled, mixture.weights)
+    return mixture, notes
 
 
 def refuse_overlap(train: Iterable[Task], held_out: Iterable[Task]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from open_agentrl_jax.agent import episode, harness
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.transcript import Chats, Transcript
-from open_agentrl_jax.config import Config
+from open_agentrl_jax.config import Config, row_config
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.shaping import overlong_penalty, turn_bonus
 from open_agentrl_jax.rollout.engine import Engine, seed_of
@@ -89,6 +89,21 @@ class Player:
         )
         world = self.world
         return await harness.play(agent, world.endpoint, transcript, task, world.reward, seconds=budget.seconds)
+
+
+def player_of(config: Config, engine: Engine, chat: Chat, world: World, sampling: Sampling, phase: str) -> Play:
+    """What plays the problems of a run: one Player, or one for each row of `data.sources`."""
+    own = Player(config, engine, chat, world, sampling, phase)
+    rows = [
+        Player(row_config(config, source), engine, chat.showing(row.schemas), row, sampling, phase)
+        for source, row in zip(config.data.sources, world.rows, strict=False)
+    ]
+
+    def play(task: Task, *, position: int, sample: int, attempt: int) -> Awaitable[Trajectory | Episode]:
+        player = rows[task.extra["row"]] if "row" in task.extra else own
+        return player(task, position=position, sample=sample, attempt=attempt)
+
+    return play if rows else own
 
 
 def play_through(

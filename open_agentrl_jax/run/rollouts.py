@@ -16,7 +16,7 @@ from open_agentrl_jax.parallel import agreement, processes
 from open_agentrl_jax.rollout.scheduler import Frontier, Scheduler, Share, joined
 from open_agentrl_jax.run.engines import Generation
 from open_agentrl_jax.run.opened import OpenRun
-from open_agentrl_jax.run.players import Player, play_through
+from open_agentrl_jax.run.players import play_through, player_of
 from open_agentrl_jax.telemetry.metrics import episode_table, rollout_metrics
 from open_agentrl_jax.train.checkpoint import Progress
 from open_agentrl_jax.train.progress import Interrupted
@@ -124,7 +124,7 @@ def open_scheduler(
     sampling = Sampling(0, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     return Scheduler(
         run.loop,
-        Player(config, generation.engine, run.chat, run.world, sampling, "rl"),
+        player_of(config, generation.engine, run.chat, run.world, sampling, "rl"),
         task_stream(tasks.sources, config.seed, weights=tasks.weights),
         prompts=rl.prompts,
         samples=rl.samples,
@@ -145,7 +145,7 @@ def evaluator(run: OpenRun, generation: Generation, held_out: Sequence[Task]) ->
     """
     config = run.config
     sampling = Sampling(0, config.eval.temperature, config.eval.top_p)
-    player = Player(config, generation.evaluation, run.chat, run.world, sampling, "eval")
+    player = player_of(config, generation.evaluation, run.chat, run.world, sampling, "eval")
     mine = dict(list(enumerate(held_out))[jax.process_index() :: jax.process_count()])
 
     def evaluate(step: int) -> float | None:

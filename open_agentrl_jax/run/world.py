@@ -12,7 +12,7 @@ from typing import Any
 from open_agentrl_jax.agent.environment import Environment, Reward, Tool, ToolEnvironment
 from open_agentrl_jax.agent.harness import Harness, split
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.config import NAME, Config
+from open_agentrl_jax.config import NAME, Config, row_config
 from open_agentrl_jax.data.prompts import Reader
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.rewards.graders import grade
@@ -34,6 +34,7 @@ class World:
     schemas: list[dict[str, Any]]  # what the chat template shows
     harness: Harness | None = None  # plays in place of the episode loop
     endpoint: Any = None  # a serve.capture.Capture, with a harness
+    rows: list[World] = dataclasses.field(default_factory=list)  # of `data.sources`, in the same sandbox
 
     def environment(
         self, *, shorten: Callable[[str], str], session: str = "", reward: Reward | None = None
@@ -43,17 +44,19 @@ class World:
 
     async def close(self) -> None:
         """Ends what tools and sandbox hold."""
-        for part in (self.endpoint, *self.tools, self.sandbox):
+        inner = [part for row in self.rows for part in (row.endpoint, *row.tools)]
+        for part in (*inner, self.endpoint, *self.tools, self.sandbox):
             if (close := getattr(part, "close", None)) is not None:
                 await close()
 
 
-def open_world(config: Config, *, tools: bool = True) -> World:
+def open_world(config: Config, *, tools: bool = True, sandbox: Sandbox | None = None) -> World:
     """Opens the sandbox and what `agent.tools`, `agent.environment` and `reward.grader` name.
 
     Args:
         config: names and limits.
         tools: False opens none (tool-free evaluation).
+        sandbox: in place of one of its own.
 
     Raises:
         UserError: nothing isolates here, a name leads nowhere, an MCP server does not start, two tools have one name.
@@ -65,7 +68,7 @@ def open_world(config: Config, *, tools: bool = True) -> World:
     else:
         make = functools.partial(ToolEnvironment, first_call_only=behaviour.first_call_only)
     own = load("reward.grader", config.reward.grader) if config.reward.grader else None
-    sandbox = open_sandbox(spec_of(config))
+    sandbox = sandbox or open_sandbox(spec_of(config))
     opened: list[Tool] = []
     try:
         for name in config.agent.tools if tools and harness is None else ():
@@ -78,6 +81,8 @@ def open_world(config: Config, *, tools: bool = True) -> World:
             from open_agentrl_jax.serve.capture import Capture  # imported late: it needs the extra [servers]
 
             world.harness, world.endpoint = harness, Capture()
+        for source in config.data.sources if tools else ():
+            world.rows.append(open_world(row_config(config, source), sandbox=sandbox))
         return world
     except BaseException:
         for part in (*opened, sandbox):
