@@ -20,7 +20,7 @@ PACKAGE = "open_agentrl_jax"
 PAGE = ROOT / "docs" / "architecture.md"
 FENCE = "```mermaid\n"
 # Almost every package imports these: their arrows would hide the others.
-FLOOR = {"types", "config", "settings", "text", "guard", "storage"}
+FLOOR = {"types", "config", "settings", "rules", "text", "guard", "storage"}
 
 
 def imports(path: pathlib.Path) -> Iterator[str]:
