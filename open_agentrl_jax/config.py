@@ -173,6 +173,9 @@ class Loss:
         "token-mean", choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
     )
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation; False: Dr.GRPO")
+    turn_credit: float = setting(
+        0.0, "weight of advantages per turn, from rewards of an environment's steps; 0: off (docs/extending.md)"
+    )
     kl_coef: float = setting(0.0)
     kl_kind: str = setting("k3", choices=("k1", "abs", "k2", "k3"))
     entropy_coef: float = setting(0.0)

@@ -103,6 +103,7 @@ class Turn:
     words: str = ""  # `content` without its calls
     reply_role: str = "tool"  # of the outputs: "user" where the environment answered words, not calls
     seconds: float = 0.0
+    reward: float = 0.0  # of the environment's step after this turn, unless it ended the episode
 
 
 @dataclasses.dataclass

@@ -108,6 +108,7 @@ RUN_BY = (
     (r"launch\.sandbox", "tests/sandbox/test_server.py"),
     (r"launch\.sft", "tests/launch/test_train.py"),
     (r"launch\.train \S*quickstart\.py", "tests/launch/test_train.py"),
+    (r"launch\.train \S*quickstart_harness", "tests/launch/test_harness.py"),
     (r"launch\.train \S*quickstart_sglang", "tests/rollout/test_sglang_run.py"),
     (r"launch\.train \S*gsm8k_smoke", "tests/launch/test_gsm8k.py"),
     (r"launch\.train \S*qwen3_4b_grpo_tcr", "tests/launch/test_compile.py"),  # its update, which no CPU could run

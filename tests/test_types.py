@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 
-from open_agentrl_jax.algorithms.advantages import group_relative
-from open_agentrl_jax.config import RL, Packing
+from open_agentrl_jax.algorithms.advantages import group_relative, turn_relative
+from open_agentrl_jax.config import RL, Loss, Packing
 from open_agentrl_jax.telemetry.metrics import episode_table, rollout_metrics
 from open_agentrl_jax.telemetry.tokens import unpack_tokens
 from open_agentrl_jax.telemetry.writer import Writer
-from open_agentrl_jax.train.learner import Learner
+from open_agentrl_jax.train.learner import Learner, turn_advantages
 from open_agentrl_jax.train.shares import Rows
 from open_agentrl_jax.types import Episode, Group, TokenSequence
 from tests.telemetry.runs import group
@@ -72,6 +72,24 @@ def test_sequences_share_the_advantage_and_every_sampled_token_trains_once():
     assert batch.mask.sum() == whole.mask.sum()
     np.testing.assert_array_equal(np.unique(batch.advantages), np.unique(whole.advantages))
     np.testing.assert_allclose(batch.advantages.sum(), whole.advantages.sum(), rtol=1e-6)
+
+
+def test_turn_credit_adds_the_advantage_of_each_turn_within_its_group():
+    made = group("p", (1.0, -1.0, 1.0))
+    for trajectory, reward in zip(made.trajectories, (0.0, 3.0, 0.0), strict=True):
+        trajectory.turns[0].reward = reward
+    advantages = np.array([0.5, -1.0, 0.5])
+    expected = turn_relative(np.array([[0.0], [3.0], [0.0]]), np.ones((3, 1), bool))[:, 0]
+    found = list(turn_advantages(made, advantages, np.ones(3, bool), Loss(turn_credit=2.0)))
+    for (sequence, tokens), whole, own in zip(found, advantages, expected, strict=True):
+        first, second = tokens[4:7], tokens[9:]  # the mask leaves out the prompt and the tool's tokens
+        assert sequence.loss_mask[4:7].all() and not sequence.loss_mask[7:9].any()
+        np.testing.assert_allclose(first, whole + 2 * own, rtol=1e-6)
+        np.testing.assert_allclose(second, whole, rtol=1e-6)
+    forked = Group(made.task, [as_episode(t, 7) for t in made.trajectories])
+    again = list(turn_advantages(forked, advantages, np.ones(3, bool), Loss(turn_credit=2.0)))
+    np.testing.assert_allclose(again[0][1][4:7], found[0][1][4:7])
+    np.testing.assert_allclose(again[1][1][9:], advantages[0])
 
 
 def test_a_line_of_trajectories_jsonl_holds_every_sequence(tmp_path):

@@ -205,6 +205,7 @@ async def play(
                 if not stop or end.results:
                     _record(turn, end)
                 if not stop:
+                    turn.reward = end.reward
                     if end.failed:
                         raise EngineError("a tool failed for a reason that is not the model's")
                     if not policy.extend(end.messages, budget.max_response):

@@ -35,3 +35,16 @@ def group_relative(
         std = np.sqrt(np.square(deviation).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
         deviation = deviation / (std + eps)
     return np.where(lowest < highest, deviation, 0.0).astype(np.float32)
+
+
+def turn_relative(
+    rewards: Float[np.ndarray, "n k"], present: Bool[np.ndarray, "n k"], *, normalize_std: bool = True
+) -> Float[np.ndarray, "n k"]:
+    """How much better than its group's k-th turns each sample's k-th turn is (MT-GRPO, arXiv 2505.11821).
+
+    Args:
+        rewards: of the turns of n samples of one problem, padded to k turns.
+        present: False for padding and lost samples, which have no part in mean and std and get 0.
+        normalize_std: as in `group_relative`.
+    """
+    return group_relative(rewards.T, normalize_std=normalize_std, valid=present.T).T

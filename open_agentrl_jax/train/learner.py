@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from open_agentrl_jax.config import RL, Packing
+from open_agentrl_jax.algorithms.advantages import turn_relative
+from open_agentrl_jax.config import RL, Loss, Packing
 from open_agentrl_jax.train.packing import Batch, Example
 from open_agentrl_jax.train.shares import Rows, micro_batches_of, pack_share
 from open_agentrl_jax.train.state import TrainState
-from open_agentrl_jax.types import Group
+from open_agentrl_jax.types import Group, TokenSequence
 
 MiniBatch = tuple[Batch, np.int32]  # on the mesh, with its number of occupied micro-batches
 
 
-def examples(groups: Sequence[Group], advantages: np.ndarray, valid: np.ndarray) -> list[Example]:
+def examples(groups: Sequence[Group], advantages: np.ndarray, valid: np.ndarray, loss: Loss) -> list[Example]:
     """The sequences of a batch that train. The sequences of an episode share its advantage.
+
+    With `turn_credit`, each turn has an advantage of its own besides.
 
     Args:
         groups: g groups of n samples.
         advantages: [g n].
         valid: [g n]; False for episodes that do not train.
+        loss: its `turn_credit` and `normalize_std`.
     """
+    if loss.turn_credit:
+        return [
+            Example(sequence.tokens, sequence.loss_mask, per_token, sequence.logprobs)
+            for group, row, trained in zip(groups, advantages, valid, strict=True)
+            for sequence, per_token in turn_advantages(group, row, trained, loss)
+        ]
     return [
         Example(sequence.tokens, sequence.loss_mask, float(a), sequence.logprobs)
         for group, row, trains in zip(groups, advantages, valid, strict=True)
@@ -34,6 +44,29 @@ def examples(groups: Sequence[Group], advantages: np.ndarray, valid: np.ndarray)
         for sequence in t.sequences
         if train and sequence.loss_mask.any()
     ]
+
+
+def turn_advantages(
+    group: Group, advantages: np.ndarray, valid: np.ndarray, loss: Loss
+) -> Iterator[tuple[TokenSequence, np.ndarray]]:
+    """The trained sequences of a group, each with the advantages of its tokens: the episode's and the turn's.
+
+    The turns of a sequence are the runs of its loss mask: the template puts a token between any two.
+    """
+    turns = [t.turns if trained else [] for t, trained in zip(group.trajectories, valid, strict=True)]
+    shape = len(turns), max(1, *map(len, turns))
+    rewards, present = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    for i, row in enumerate(turns):
+        rewards[i, : len(row)], present[i, : len(row)] = [turn.reward for turn in row], True
+    own = turn_relative(rewards, present, normalize_std=loss.normalize_std)
+    for t, trained, advantage, row in zip(group.trajectories, valid, advantages, own, strict=True):
+        first = 0
+        for sequence in t.sequences if trained else ():
+            begins = np.diff(sequence.loss_mask.astype(int), prepend=0) == 1
+            number = np.clip(first + np.cumsum(begins) - 1, 0, shape[1] - 1)
+            first += len(sequence.turns)
+            if sequence.loss_mask.any():
+                yield sequence, (advantage + loss.turn_credit * row[number]).astype(np.float32)
 
 
 @dataclasses.dataclass
@@ -72,7 +105,7 @@ class Learner:
         packed = []
         for number in range(count):
             part = [i for i, n in enumerate(mine) if n == number]
-            made = examples([groups[i] for i in part], rows[part], valid[part])
+            made = examples([groups[i] for i in part], rows[part], valid[part], self.rl.loss)
             packed.append(pack_share(made, self.packing, self.rows, micro_batches=micro_batches))
         useful = float(np.mean([share for *_, share in packed]))
         return [(self.place(batch), np.int32(used)) for batch, used, _ in packed if used], useful

@@ -24,7 +24,7 @@ class Example:
 
     tokens: Int32[np.ndarray, " t"]
     mask: Bool[np.ndarray, " t"]
-    advantage: float = 0.0
+    advantage: float | Float32[np.ndarray, " t"] = 0.0  # of the sequence, or of each token
     rollout_logprobs: Float32[np.ndarray, " t"] | None = None
 
 
@@ -221,7 +221,7 @@ def fill(
             ids["segment_ids"][row, span] = segment
             trains = example.mask[1:]
             mask[row, span] = trains
-            streams["advantages"][row, span] = np.where(trains, example.advantage, 0)
+            streams["advantages"][row, span] = np.where(trains, np.broadcast_to(example.advantage, t + 1)[1:], 0)
             if example.rollout_logprobs is not None:
                 streams["rollout_logprobs"][row, span] = np.where(trains, example.rollout_logprobs[1:], 0)
             start += t
