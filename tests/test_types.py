@@ -74,6 +74,16 @@ def test_sequences_share_the_advantage_and_every_sampled_token_trains_once():
     np.testing.assert_allclose(batch.advantages.sum(), whole.advantages.sum(), rtol=1e-6)
 
 
+def test_each_source_has_metrics_of_its_own():
+    groups = [group("p", (1.0, -1.0)), group("q", (1.0, 1.0)), group("r", (-1.0, -1.0))]
+    for made, name in zip(groups, ("easy", "easy", "hard"), strict=True):
+        made.task.extra["row_name"] = name
+    numbers = rollout_metrics(episode_table(groups))
+    assert (numbers["easy/accuracy/mean"], numbers["hard/accuracy/mean"]) == (0.75, 0.0)
+    assert (numbers["easy/episodes"], numbers["hard/num_turns/mean"]) == (4.0, 2.0)
+    assert not [name for name in rollout_metrics(episode_table([group("p", (1.0,))])) if name.startswith("easy")]
+
+
 def test_turn_credit_adds_the_advantage_of_each_turn_within_its_group():
     made = group("p", (1.0, -1.0, 1.0))
     for trajectory, reward in zip(made.trajectories, (0.0, 3.0, 0.0), strict=True):

@@ -189,7 +189,7 @@ def load_data(
     held_out: list[Task] = []
     notes: list[str] = []
     if config.data.problems and (config.rl.steps or config.rl.epochs):
-        schemas = processes.share([row.schemas for row in world.rows] if world else [])
+        schemas = [row.schemas for row in world.rows]
         tasks, notes = inputs.training_problems(config, chat, schemas)
     if config.data.eval:
         found, more = inputs.problems(config, config.data.eval, chat, evaluation=True)

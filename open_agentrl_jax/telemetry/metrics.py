@@ -17,10 +17,12 @@ EPISODE = np.dtype(
         *((name, "f8") for name in ("reward", "accuracy", "response_length", "prompt_length", "num_turns")),
         *((name, "f8") for name in ("tool_calls", "tool_success", "seconds")),
         *((name, "i8") for name in ("tokens", "sampled", "age", "oldest")),
+        ("source", "S32"),  # name of the row of data.sources, in UTF-8
         *((name, "i8") for name in ("sequences", "refused", "retokenised", "trained_twice")),  # of foreign agents
     ]
 )
 COPIED = ("response_length", "prompt_length", "num_turns", "tool_calls", "tool_success", "seconds")
+BY_SOURCE = ("reward", "accuracy", "response_length", "num_turns", "tool_calls")
 COPIED += ("sequences", "refused", "retokenised", "trained_twice")
 
 
@@ -36,6 +38,7 @@ def episode_table(groups: Sequence[Group], *, version: int | None = None) -> np.
         row["aborted"], row["cut"], row["equal"] = t.aborted, t.stop == "length", group.all_equal
         row["retried"] = t.metrics.get("attempts", 1) > 1
         row["reward"], row["accuracy"] = t.reward, t.accuracy
+        row["source"] = group.task.extra.get("row_name", "").encode()
         row["tokens"] = sum(len(sequence.tokens) for sequence in t.sequences)
         for name in COPIED:
             row[name] = t.metrics.get(name, 0.0)
@@ -81,6 +84,10 @@ def rollout_metrics(episodes: np.ndarray) -> dict[str, float]:
         "tool_success/mean": column["tool_success"].sum() / calls.sum() if calls.sum() else 0.0,
         "groups/equal": episodes["equal"].mean(),
     }
+    for name in sorted({*column["source"].tolist()} - {b""}):
+        own = graded[graded["source"] == name]
+        metrics |= {f"{name.decode('utf-8', 'replace')}/{key}/mean": own[key].mean() for key in BY_SOURCE}
+        metrics[f"{name.decode('utf-8', 'replace')}/episodes"] = float(len(own))
     if (foreign := column["sequences"] > 0).any():
         metrics |= {
             "harness/sequences": column["sequences"][foreign].mean(),

@@ -133,6 +133,7 @@ class Writer:
                         "step": step,
                         "phase": phase,
                         "problem_id": group.task.id,
+                        **({"source": group.task.extra["row_name"]} if "row_name" in group.task.extra else {}),
                         "sample": sample,
                         "prompt": [message.to_chat() for message in group.task.messages],
                         "tools": self._tools,
