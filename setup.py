@@ -74,7 +74,7 @@ setup(
     description="Agentic reinforcement learning in JAX: SFT on tool-use trajectories, then GRPO-TCR",
     python_requires=">=3.11",
     packages=find_packages(include=["open_agentrl_jax*", "configs*", "launch*"]),
-    package_data={"open_agentrl_jax": ["py.typed", "telemetry/assets/*"]},
+    package_data={"open_agentrl_jax": ["py.typed", "telemetry/assets/*"], "configs": ["*.jinja"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -52,7 +52,9 @@ class LoRA:
 class Model:
     """The policy."""
 
-    path: str = setting("", "a Hugging Face folder or Hub id; empty: create the model of `model.new`", path=True)
+    path: str = setting(
+        "", "a Hugging Face folder, Hub id or GGUF file; empty: create the model of `model.new`", path=True
+    )
     tokenizer: str = setting(
         "", "empty: the one in `path`, or, for a new model, one trained on the synthetic corpus", path=True
     )
@@ -110,12 +112,13 @@ class Data:
 
     train: str = setting(
         "",
-        '"arithmetic" (generated), a jsonl or parquet file, or a weighted mixture: "a.parquet:3,b.jsonl:1"',
+        '"arithmetic" or "multistep" (generated), a jsonl or parquet file, or a weighted mixture: '
+        '"a.parquet:3,b.jsonl:1"',
         path=True,
     )
     sources: tuple = setting((), "in place of `train`: a tuple of Source, each with an environment of its own")
-    eval: str = setting("", 'held-out problems: "arithmetic" or one file; empty: no evaluation', path=True)
-    sft: str = setting("", 'conversations: "arithmetic", or files as in `train`, with a `messages` column', path=True)
+    eval: str = setting("", "held-out problems: generated, or one file; empty: no evaluation", path=True)
+    sft: str = setting("", "conversations: generated, or files as in `train`, with a `messages` column", path=True)
     format: str = setting("auto", 'a row format of data.prompts, or "module:function" from a row to a Problem')
     eval_limit: int = setting(0, "use only the first problems of `eval`; 0: all")
     data_dir: str = setting(

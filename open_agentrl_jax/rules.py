@@ -109,6 +109,7 @@ def _rules(config: Any) -> Iterator[tuple[Any, str]]:
         f"{agent.max_prompt + agent.max_response}; raise it, or set 0 to derive it",
     )
     yield (
-        not (config.model.path or config.model.tokenizer) and config.data.problems not in ("", "arithmetic"),
+        not (config.model.path or config.model.tokenizer)
+        and config.data.problems not in ("", "arithmetic", "multistep"),
         "model.tokenizer is empty; a new model on real problems needs one (a folder with tokenizer.json)",
     )

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from open_agentrl_jax.collect.curation import quotas
-from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation
+from open_agentrl_jax.data.generated import GENERATED
 from open_agentrl_jax.data.prompts import Reader
 from open_agentrl_jax.types import Episode, Message, Task, Trajectory
 
@@ -99,15 +99,15 @@ def contamination(names: str, evaluation: str, format: str | Reader = "auto") ->
 
     Args:
         names: names or paths, as data.benchmarks.read_problems takes them, with commas; "data.eval" is `evaluation`.
-        evaluation: the config's held-out problems; may be empty, or "arithmetic".
+        evaluation: the config's held-out problems; may be empty, or a key of GENERATED.
         format: of `evaluation`, as data.prompts.read_tasks takes it; other sets are read row by row.
     """
     sets = [evaluation if name == "data.eval" else name for name in names.split(",")]
     sets = [name for name in sets if name]
 
     def texts(name: str) -> Iterable[str]:
-        if name == "arithmetic":
-            return map(problem_of, synthetic.problems(0, synthetic.EVAL_PROBLEMS, evaluation=True))
+        if made := GENERATED.get(name):
+            return map(problem_of, made.problems(0, made.EVAL_PROBLEMS, evaluation=True))
         return map(problem_of, read_problems(name, format=format if name == evaluation else "auto"))
 
     return Contamination(text for name in sets for text in texts(name)), sets

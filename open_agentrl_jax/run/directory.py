@@ -18,6 +18,7 @@ from open_agentrl_jax import config as configs
 from open_agentrl_jax.config import Config, to_dict
 from open_agentrl_jax.data import rows
 from open_agentrl_jax.data.benchmarks import place_of
+from open_agentrl_jax.data.generated import GENERATED
 from open_agentrl_jax.data.loader import WEIGHTED
 from open_agentrl_jax.parallel import processes
 from open_agentrl_jax.settings import differences
@@ -103,7 +104,7 @@ def claim_data(directory: Path, config: Config) -> None:
     for field, used in (("train", config.rl.steps or config.rl.epochs), ("sft", config.sft.steps or config.sft.epochs)):
         text = config.data.problems if field == "train" else config.data.sft
         for part in text.split(",") if used else ():
-            if (match := WEIGHTED.fullmatch(part.strip())) and (path := match["path"]) != "arithmetic":
+            if (match := WEIGHTED.fullmatch(part.strip())) and (path := match["path"]) not in GENERATED:
                 present[f"data.{field}={path}"] = rows.fingerprint(place_of(path))
     changed = [name for name, digest in present.items() if known.get(name, digest) != digest]
     trained = (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").stat().st_size

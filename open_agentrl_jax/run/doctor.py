@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from open_agentrl_jax.agent import templates
 from open_agentrl_jax.config import Config
-from open_agentrl_jax.models import hf, peft
+from open_agentrl_jax.models import gguf, hf, peft
 from open_agentrl_jax.models.attention import row_parts, why_slow
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import mesh as meshes
@@ -163,7 +164,7 @@ def data(config: Config) -> str:
         held_out, _ = inputs.problems(config, config.data.eval, chat, evaluation=True)
         inputs.refuse_overlap(train, held_out)
         found.append(f"{len(held_out)} held out")
-    if config.data.sft and config.data.sft != "arithmetic" and (config.sft.steps or config.sft.epochs):
+    if config.data.sft and config.data.sft not in inputs.GENERATED and (config.sft.steps or config.sft.epochs):
         with tempfile.TemporaryDirectory() as folder, _sandbox(config) as (sandbox, run):
             found.append(f"{len(inputs.demonstrations(config, Path(folder), sandbox, run))} conversations")
     return ", ".join(found) or "none needed"
@@ -244,6 +245,8 @@ def _model(config: Config) -> ModelConfig:
     """The model's shape as the run computes it; a new model's from the fields of model.new."""
     how: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
     how |= {"compute_dtype": compute_dtype(config), "lora": peft.adapters_of(config.model.lora)}
+    if config.model.path.endswith(".gguf"):
+        return dataclasses.replace(gguf.describe(config.model.path)[0], **how)
     if config.model.path:
         return ModelConfig.from_hf(hf.resolve(config.model.path, weights=False), **how)
     new = dataclasses.asdict(config.model.new)
@@ -255,11 +258,17 @@ def _memory(config: Config) -> Sequence[memory.Entry]:
 
 
 def _chat(config: Config) -> Any:
-    source = config.model.tokenizer or str(hf.resolve(config.model.path, weights=False))
+    source = config.model.tokenizer or config.model.path
+    with tempfile.TemporaryDirectory() as folder:
+        if source.endswith(".gguf"):
+            gguf.save_tokenizer(source, Path(folder))
+            source = folder
+        loaded = load_tokenizer(source)[1]
+    templates.use(loaded, config.model.template)
     loop = EventLoop()
     world: Any = open_world(config)
     try:
-        return make_chat(config, load_tokenizer(source)[1], world.schemas)
+        return make_chat(config, loaded, world.schemas)
     finally:
         loop.run(world.close())
         loop.close()

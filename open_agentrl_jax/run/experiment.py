@@ -101,8 +101,8 @@ def run_experiment(config: Config, *, profile: bool = False) -> None:
         try:
             with contextlib.closing(writer):
                 if progress.phase == "sft":
-                    state = run_sft(run, conversations, sft_steps, state, progress)
-                    policy.params = state.params
+                    # The moments of SFT are freed: RL has its own.
+                    policy.params, state = run_sft(run, conversations, sft_steps, state, progress).params, None
                 params = run_rl(run, tasks, held_out, rl_steps, state, progress)
         except Interrupted:
             checkpoints.wait()

@@ -14,9 +14,9 @@ from typing import Any
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.agent.python_tool import PythonTool
 from open_agentrl_jax.config import Config, row_config
-from open_agentrl_jax.data import synthetic
 from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
+from open_agentrl_jax.data.generated import GENERATED
 from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
 from open_agentrl_jax.data.rows import refuse_many_bad
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 def problems(config: Config, path: str, chat: Chat, *, evaluation: bool) -> tuple[Subset[Task], list[str]]:
     """The problems of a file, or generated ones, that fit the prompt budget; and what was left out, in words."""
     tasks: Source[Task]
-    if path == "arithmetic":
-        count = synthetic.EVAL_PROBLEMS if evaluation else synthetic.TRAIN_PROBLEMS
+    if made := GENERATED.get(path):
+        count = made.EVAL_PROBLEMS if evaluation else made.TRAIN_PROBLEMS
         # Held-out problems are the same for every seed, so that runs compare.
-        tasks, notes = synthetic.problems(0 if evaluation else config.seed, count, evaluation=evaluation), []
+        tasks, notes = made.problems(0 if evaluation else config.seed, count, evaluation=evaluation), []
     else:
         # The prompts speak of a Python tool, and of no other: what else may be called its schema tells.
         python = any(schema["function"]["name"] == PythonTool.name for schema in chat.tools)
@@ -140,11 +140,11 @@ def refuse_overlap(train: Iterable[Task], held_out: Iterable[Task]) -> None:
 def demonstrations(
     config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]
 ) -> Mixture[Conversation]:
-    """The SFT conversations of `data.sft`, source by source; `arithmetic` is generated once into the run directory."""
+    """The SFT conversations of `data.sft`, source by source; generated ones are written once to the run directory."""
 
     def read(path: str) -> Source[Conversation]:
-        if path == "arithmetic":
-            return read_conversations(generated_demonstrations(config, directory, sandbox, run))
+        if path in GENERATED:
+            return read_conversations(generated_demonstrations(config, path, directory, sandbox, run))
         if config.data.data_dir:
             from open_agentrl_jax.data.builders import prepare_conversations  # imported late, as above
 
@@ -154,8 +154,10 @@ def demonstrations(
     return read_mixture("data.sft", config.data.sft, read)
 
 
-def generated_demonstrations(config: Config, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]) -> Path:
-    """The file of the quickstart's demonstrations, made where it is not there yet."""
+def generated_demonstrations(
+    config: Config, name: str, directory: Path, sandbox: Sandbox, run: Callable[[Any], Any]
+) -> Path:
+    """The file of the demonstrations of a generated data set, written if it is missing."""
     path = directory / "sft.parquet"
     if not path.exists():
         tool = PythonTool(sandbox)
@@ -166,10 +168,9 @@ def generated_demonstrations(config: Config, directory: Path, sandbox: Sandbox, 
                 raise UserError(f"the sandbox failed while demonstrations were made: {result.text}")
             return result.text
 
-        made = run(synthetic.demonstrations(config.seed, synthetic.DEMONSTRATIONS, output))
+        made = run(GENERATED[name].demonstrations(config.seed, GENERATED[name].DEMONSTRATIONS, output))
         conversations = [
-            Conversation(f"arithmetic/{i}", messages, [PythonTool.schema], "arithmetic")
-            for i, messages in enumerate(made)
+            Conversation(f"{name}/{i}", messages, [PythonTool.schema], name) for i, messages in enumerate(made)
         ]
         temporary = path.with_name("sft.writing.parquet")
         write_conversations(temporary, conversations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,9 +84,12 @@ def run_rl(
         if progress.step == 0 and evaluate is not None:
             refuse_weak_start(evaluate(0), rl.min_accuracy if steps else 0.0)
         if state is None:
-            # jit places each moment where its parameter lies, and copies the parameters: the updates donate the
-            # state's buffers while the checkpoint of SFT still reads them.
-            state = jax.jit(lambda p: states.create(p, optimizer, entropy_coef=rl.loss.entropy_coef))(params)
+            # jit places each moment where its parameter lies. The parameters themselves are not copied.
+            def rest(params: Any) -> states.TrainState:
+                made = states.create(params, optimizer, entropy_coef=rl.loss.entropy_coef)
+                return dataclasses.replace(made, params=None)
+
+            state = dataclasses.replace(jax.jit(rest)(params), params=params)
         assert state is not None
         if progress.step < steps:
             learner = make_learner(run, state, optimizer, steps)

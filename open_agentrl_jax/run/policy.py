@@ -14,7 +14,7 @@ from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.chat import Chat
 from open_agentrl_jax.config import Config
 from open_agentrl_jax.data import synthetic
-from open_agentrl_jax.models import hf, lora, peft, qwen
+from open_agentrl_jax.models import gguf, hf, lora, peft, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.folders import tokenizer_files
 from open_agentrl_jax.parallel import processes
@@ -57,10 +57,12 @@ def mesh_of(config: Config) -> jax.sharding.Mesh | None:
 
 
 def open_folder(config: Config, directory: Path) -> Folder:
-    """The folder of `model.path`, or of the `model.new` one, created under the run directory first."""
-    path = Path(config.model.path) if config.model.path else directory / "init"
-    if not config.model.path:
-        processes.first_then_all(lambda: (path / "config.json").exists() or create_model(config, path))
+    """The folder of `model.path`; `<directory>/init`, written if missing, for a GGUF file or the new model."""
+    path = Path(config.model.path)
+    if not config.model.path or path.suffix == ".gguf":
+        path = directory / "init"
+        make = read_gguf if config.model.path else create_model
+        processes.first_then_all(lambda: (path / "config.json").exists() or make(config, path))
     resolved = hf.resolve(path, weights=False)
     if (resolved / "export" / "config.json").exists():
         raise UserError(f"{path}: a run, not a model; give its {path / 'export'}")
@@ -148,6 +150,13 @@ def create_model(config: Config, path: Path) -> None:
     model_config = ModelConfig.from_hf(hf_config)
     params = qwen.init(model_config, config.seed)
     hf.save_pretrained(path, model_config, params, dtype="float32", tokenizer_from=saved)
+
+
+def read_gguf(config: Config, path: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder."""
+    saved = path.with_name(path.name + ".tokenizer")
+    gguf.save_tokenizer(config.model.path, saved)
+    hf.save_pretrained(path, *gguf.load(config.model.path), dtype="float32", tokenizer_from=saved)
 
 
 def make_chat(config: Config, tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Chat:

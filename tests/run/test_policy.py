@@ -8,7 +8,8 @@ import pytest
 from configs import quickstart
 from open_agentrl_jax.agent import templates
 from open_agentrl_jax.agent.python_tool import PythonTool
-from open_agentrl_jax.run.policy import load_tokenizer, make_chat, open_folder
+from open_agentrl_jax.run import doctor
+from open_agentrl_jax.run.policy import load_policy, load_tokenizer, make_chat, open_folder
 from open_agentrl_jax.types import UserError
 
 BARE = (  # the shape of SmolLM2's: ChatML that knows nothing of tools
@@ -36,3 +37,23 @@ def test_a_template_without_tools_is_refused_and_own_replaces_it(tokenizer, tmp_
     assert make_chat(config, folder.tokenizer, [PythonTool.schema]).call_format == "hermes"
     assert (folder.tokenizer_path / "generation_config.json").exists()
     assert load_tokenizer(str(folder.tokenizer_path))[1].chat_template == templates.CHATML
+
+
+def test_a_gguf_file_becomes_the_initial_folder_of_the_run(tmp_path):
+    library = pytest.importorskip("gguf")
+    from ..models import test_gguf, tiny
+
+    assert library
+    tokenizer = test_gguf.trained_tokenizer("smollm")
+    model = tiny.torch_model("llama", hidden_size=256, vocab_size=tokenizer.get_vocab_size())
+    test_gguf.write(tmp_path / "model.gguf", model, tokenizer, types=("F16",))
+    config = quickstart.get_config()
+    config.model.path, config.model.template = str(tmp_path / "model.gguf"), "own"
+    folder = open_folder(config, tmp_path / "run")
+    assert folder.path == tmp_path / "run" / "init"
+    assert load_policy(config, folder).config.model_type == "llama"
+    assert make_chat(config, folder.tokenizer, [PythonTool.schema]).call_format == "hermes"
+    before = (folder.path / "model.safetensors").stat().st_mtime_ns
+    assert open_folder(config, tmp_path / "run").path == folder.path
+    assert (folder.path / "model.safetensors").stat().st_mtime_ns == before, "a resumed run converts again"
+    assert doctor.tokenizer(config).endswith("with its tools")
