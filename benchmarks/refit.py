@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import harness
 from open_agentrl_jax.models import qwen
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.rollout import refit, servers
+from open_agentrl_jax.rollout import refit, sending, servers
 from open_agentrl_jax.rollout.remote import Server
 from open_agentrl_jax.rollout.scheduler import EventLoop
 from open_agentrl_jax.rollout.sglang import SGLangPool
@@ -68,7 +68,7 @@ class Subject:
         )
         self.launched.wait()
         self.loop, self._proof = EventLoop(), lambda: np.zeros(0)
-        self.refit = refit.Refit(refit.DISTRIBUTED, refit.Sender(servers.interpreter(), 600))
+        self.refit = refit.Refit(refit.DISTRIBUTED, sending.Sender(servers.interpreter(), 600))
         replay: Callable[[Any], np.ndarray] = lambda ids: self._proof()  # noqa: E731
         self.pool = SGLangPool(self.launched.urls, vocab_size=config.vocab_size, replay=replay, refit=self.refit)
         self.loop.run(self.pool.open())

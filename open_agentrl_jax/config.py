@@ -310,6 +310,10 @@ class Rollout:
         choices=("auto", "files", "tensors", "distributed"),
         resumable=True,
     )
+    keep_cache: bool = setting(
+        False,
+        "sglang: updates keep the cache of running episodes, computed by older weights (rollout/tokens_on_stale_cache)",
+    )
     deadline: float = setting(600.0, "sglang: per request", above=0, resumable=True)
     startup_seconds: float = setting(
         30.0, "sglang: how long to wait at start while no server answers", above=0, resumable=True

@@ -11,7 +11,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "open_agentrl_jax"
 JAX = ("jax", "flax", "optax", "orbax")
 WIRING = tuple(f"{PACKAGE}.{room}" for room in ("run", "collect", "serve", "planning"))
-REMOTE = [f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "refit", "sender", "servers", "address")]
+_REMOTE = ("sglang", "fleet", "remote", "refit", "sending", "sender", "servers", "address")
+REMOTE = [f"rollout/{name}.py" for name in _REMOTE]
+    f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "refit", "sending", "sender", "servers", "address")
+]
 
 
 ROOMS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix in ("", ".py")}

@@ -5,7 +5,8 @@ for the next update). One that comes back gets no work before it has loaded and 
 
 Proof: after every load the server scores the probe, a fixed sequence of ids, and the trainer's own forward (`replay`)
 provides the expected log-probs. A load that "succeeds" proves nothing: SGLang accepts weights of another architecture.
-The first half of the probe may come from the server's cache, so the proof also detects a cache that was not flushed.
+The first half of the probe may come from the server's cache, so the proof also detects a cache that was not flushed
+(unless the cache is to stay: then the whole probe is computed).
 """
 
 from __future__ import annotations
@@ -108,8 +109,9 @@ class Fleet:
         self.servers = []
 
     def ready(self) -> list[Server]:
-        """The servers that may receive requests now."""
-        return [] if self.updating else [server for server in self.servers if server.state == READY]
+        """The servers that may receive requests now; during an update those that have the new weights."""
+        ready = [server for server in self.servers if server.state == READY]
+        return [server for server in ready if server.version == self.version] if self.updating else ready
 
     async def until_ready(self, waits: Callable[[], bool] = lambda: True) -> list[Server]:
         """Waits for a usable server; returns none once `waits()` is false. Logs a line per ten seconds of waiting.
@@ -258,18 +260,18 @@ class Fleet:
             self._wake()
 
     async def _load(self, server: Server) -> None:
-        version, expected = self.version, self._expected
+        version, expected, keep_cache = self.version, self._expected, self._refit.keeps_cache(server)
         if version is None:
             if self._loads:
                 await server.resume()
             return
-        start = len(self.probe) // 2
+        start = 0 if keep_cache else len(self.probe) // 2
         probe = self.probe if expected is not None else ()
         if self._loads:
             replace = await self._refit.prepare(server, self.path, version, self._load_seconds)
             server.epoch += 1
             began = time.monotonic()
-            scored, proof_seconds = await server.load(replace, probe, start)
+            scored, proof_seconds = await server.load(replace, probe, start, keep_cache=keep_cache)
         else:
             server.epoch += 1
             began = time.monotonic()

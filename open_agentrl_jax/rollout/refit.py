@@ -15,20 +15,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
-import pathlib
-import shutil
 import socket
-import subprocess
-import tempfile
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from open_agentrl_jax.rollout.address import is_loopback
 from open_agentrl_jax.rollout.remote import Refused, Server, ServerError, Silent
+from open_agentrl_jax.rollout.sending import Sender, SenderFailed
 
 FILES, TENSORS, DISTRIBUTED = "files", "tensors", "distributed"
 LOADING = "loading"  # version string of weights that are being replaced
@@ -73,139 +69,22 @@ def on_this_machine(url: str) -> bool:
     return is_loopback(urllib.parse.urlsplit(url).hostname or "")
 
 
-class MemoryFolder:
-    """A folder in this machine's memory that disappears with this process, however it ends."""
-
-    def __init__(self, parent: str = "/dev/shm"):
-        """Creates the folder; a shell that waits on a pipe from this process removes it."""
-        self.path = pathlib.Path(tempfile.mkdtemp(prefix="open-agentrl-", dir=parent))
-        script = 'trap "" TERM INT HUP; read -r _; rm -rf "$1"'
-        self._guard = subprocess.Popen(
-            ["sh", "-c", script, "memory-folder", str(self.path)], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    @staticmethod
-    def has_room(size: int, parent: str = "/dev/shm") -> bool:
-        """Whether three versions of `size` bytes fit into half of the free memory there."""
-        try:
-            return shutil.disk_usage(parent).free / 2 > 3 * size
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Removes the folder."""
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
-        self._guard.wait()
-
-
-class SenderFailed(ServerError):
-    """The sender is dead, or could not do what was requested."""
-
-
-class Sender:
-    """The process of rollout/sender.py; it is started when it is first used, and again after it died."""
-
-    def __init__(self, python: str | os.PathLike[str], seconds: float):
-        """Starts nothing yet.
-
-        Args:
-            python: an interpreter that has torch.
-            seconds: time limit of one transfer.
-        """
-        self._command = [str(python), str(pathlib.Path(__file__).with_name("sender.py")), str(seconds)]
-        self._seconds = seconds
-        self._process: asyncio.subprocess.Process | None = None
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._numbers, self._starting = itertools.count(), asyncio.Lock()
-        self._reader: asyncio.Task[None] | None = None
-        self.lives = 0  # number of starts: groups of an earlier process are gone
-
-    @property
-    def pid(self) -> int | None:
-        """Of the running process."""
-        return None if self._process is None else self._process.pid
-
-    async def call(self, op: str, seconds: float | None = None, **fields: Any) -> dict[str, Any]:
-        """Runs one operation of rollout/sender.py.
-
-        Raises:
-            SenderFailed: the operation failed, took too long (the sender is killed), or the sender died.
-        """
-        await self._start()
-        assert self._process is not None and self._process.stdin is not None
-        number = next(self._numbers)
-        self._waiting[number] = asyncio.get_running_loop().create_future()
-        try:
-            self._process.stdin.write(json.dumps({"id": number, "op": op, **fields}).encode() + b"\n")
-            async with asyncio.timeout(seconds or self._seconds):
-                await self._process.stdin.drain()
-                reply = await self._waiting[number]
-        except TimeoutError:
-            self.kill()
-            raise SenderFailed(f"the sender did not finish {op!r} in time") from None
-        except OSError as error:
-            raise SenderFailed(f"the sender died: {error}") from None
-        finally:
-            self._waiting.pop(number, None)
-        if "error" in reply:
-            raise SenderFailed(f"the sender cannot {op}: {reply['error']}")
-        return reply
-
-    def kill(self) -> None:
-        """Ends the process, which breaks its connections: no server waits for it any longer."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    async def close(self) -> None:
-        """Ends the process."""
-        self.kill()
-        if self._reader is not None:
-            await self._reader
-
-    async def _start(self) -> None:
-        async with self._starting:
-            if self._reader is not None and not self._reader.done():
-                return
-            environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                    env=environment,
-                    limit=2**24,
-                )
-            except OSError as error:
-                raise SenderFailed(f"the sender does not start: {error}") from None
-            self.lives += 1
-            self._reader = asyncio.ensure_future(self._read(self._process))
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            reply = json.loads(line)
-            if (future := self._waiting.get(reply.pop("id"))) is not None and not future.done():
-                future.set_result(reply)
-        status = await process.wait()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(SenderFailed(f"the sender died with exit status {status}"))
-
-
 class Refit:
     """Replaces the weights of servers, each in the way that suits it."""
 
-    def __init__(self, way: str = FILES, sender: Sender | None = None, *, shared: bool = True):
+    def __init__(
+        self, way: str = FILES, sender: Sender | None = None, *, shared: bool = True, keep_cache: bool = False
+    ):
         """Starts nothing yet.
 
         Args:
             way: "files", "tensors" or "distributed".
             sender: for the last two.
             shared: whether servers on other machines can read the folder of a version.
+            keep_cache: running requests keep the cache of their prefix, which older weights computed.
         """
         self.preferred, self._sender, self._shared = way, sender, shared
+        self._keep_cache = keep_cache
         self._numbers = itertools.count()
         self._groups: dict[Server, tuple[str, int]] = {}  # name, and the sender's life that it belongs to
         self._misfires: dict[Server, int] = {}
@@ -224,10 +103,14 @@ class Refit:
         local = on_this_machine(server.url)
         return FILES if self.preferred == TENSORS and not local else self.preferred
 
+    def keeps_cache(self, server: Server) -> bool:
+        """Whether an update leaves the cache of this server."""
+        return self._keep_cache and server.dialect.keeps_cache
+
     async def prepare(self, server: Server, path: str, version: int, seconds: float) -> Replace:
         """Does what needs no pause; the returned function replaces the weights of the paused server."""
         way = self.way(server)
-        files = _from_files(server, path, version, seconds)
+        files = self._files(server, path, version, seconds)
         if way == FILES:
             return files
         readable = self._shared or on_this_machine(server.url)
@@ -262,11 +145,27 @@ class Refit:
         if isinstance(error, Silent):
             raise error
         if not readable:
-            again = self._misfires[server] < MISFIRES
+            rejected = isinstance(error, Refused) and self._misfires[server] >= MISFIRES
             self._misfires[server] %= MISFIRES
-            raise (ServerError if again else Refused)(f"{way}: {error}") from None
+            raise (Refused if rejected else ServerError)(f"{way}: {error}") from None
         self.fallbacks += 1
         log.warning("%s: %s failed (%s); it loads files instead", server.url, way, error)
+
+    def _files(self, server: Server, path: str, version: int, seconds: float) -> Replace:
+        """The server reads the folder."""
+
+        async def replace() -> None:
+            answer = await server.post(
+                "update_weights_from_disk",
+                seconds,
+                model_path=path,
+                weight_version=str(version),
+                flush_cache=not self.keeps_cache(server),
+            )
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise Refused(f"update_weights_from_disk: {answer.get('message')}")
+
+        return replace
 
     async def _tensors(self, server: Server, path: str, version: int, seconds: float) -> Replace:
         """The server maps the tensors in shared memory."""
@@ -283,7 +182,7 @@ class Refit:
                         "update_weights_from_tensor",
                         seconds,
                         serialized_named_tensors=[payload] * server.ranks,
-                        flush_cache=last,
+                        flush_cache=last and not self.keeps_cache(server),
                         weight_version=str(version) if last else LOADING,
                     )
 
@@ -308,7 +207,7 @@ class Refit:
                         shapes=bucket["shapes"],
                         group_name=group,
                         load_format="flattened_bucket",
-                        flush_cache=last,
+                        flush_cache=last and not self.keeps_cache(server),
                         weight_version=str(version) if last else LOADING,
                     )
                     await _both(receive, sender.call("send", seconds, group=group, path=path, bucket=index))
@@ -376,17 +275,6 @@ def local_address(url: str) -> str:
     with socket.socket(found[0][0], socket.SOCK_DGRAM) as one:
         one.connect(found[0][4])  # sends nothing
         return one.getsockname()[0]
-
-
-def _from_files(server: Server, path: str, version: int, seconds: float) -> Replace:
-    async def replace() -> None:
-        answer = await server.post(
-            "update_weights_from_disk", seconds, model_path=path, weight_version=str(version), flush_cache=True
-        )
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise Refused(f"update_weights_from_disk: {answer.get('message')}")
-
-    return replace
 
 
 @contextlib.asynccontextmanager

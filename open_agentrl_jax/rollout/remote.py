@@ -67,9 +67,10 @@ class Dialect:
     renormalises: bool = True  # returns log-probs of the truncated distribution on request
     scores_while_paused: bool = False
     takes_tensors: bool = False  # has endpoints that replace weights without files
+    keeps_cache: bool = False  # can replace weights below running requests
 
 
-SGLANG = Dialect("sglang", takes_tensors=True)
+SGLANG = Dialect("sglang", takes_tensors=True, keeps_cache=True)
 SGLANG_JAX = Dialect("sglang-jax", spare_tokens=1, scoring_tokens=1, renormalises=False, scores_while_paused=True)
 
 
@@ -174,7 +175,12 @@ class Server:
         return values
 
     async def load(
-        self, replace: Callable[[], Awaitable[None]], probe: Sequence[int] = (), start: int = 0
+        self,
+        replace: Callable[[], Awaitable[None]],
+        probe: Sequence[int] = (),
+        start: int = 0,
+        *,
+        keep_cache: bool = False,
     ) -> tuple[np.ndarray, float]:
         """Pauses, replaces the weights and continues. Running requests recompute their prefix afterwards.
 
@@ -182,6 +188,7 @@ class Server:
             replace: replaces the weights and flushes the cache, see `rollout.refit`.
             probe: ids to score under the new weights, see `score`; empty: none.
             start: see `score`.
+            keep_cache: running requests continue on their cache.
 
         Returns:
             The log-probs of the probe, and the seconds that they took.
@@ -192,7 +199,7 @@ class Server:
         """
         early, late = (probe, ()) if self.dialect.scores_while_paused else ((), probe)
         scored, proof = np.zeros(0, np.float32), 0.0
-        await self._control("pause_generation", mode="retract")
+        await self._control("pause_generation", mode="in_place" if keep_cache else "retract")
         try:
             await replace()
             began = time.monotonic()

@@ -121,6 +121,7 @@ class SGLangPool:
         )
         self._counts = self.fleet.counts
         self._homes: dict[str, Server] = {}
+        self._cached: dict[str, int] = {}  # session -> version that computed the start of its cache
         self._running: dict[str, set[_Request]] = collections.defaultdict(set)
         # Of equal length: servers abort every request whose id starts with the given one.
         self._rids = (f"{uuid.uuid4().hex[:12]}-{n:012d}" for n in itertools.count())
@@ -139,6 +140,7 @@ class SGLangPool:
 
     async def release(self, session: str) -> None:
         """See `Engine.release`; running requests return their tokens with the finish reason "abort"."""
+        self._cached.pop(session, None)
         if server := self._homes.pop(session, None):
             server.sessions -= 1
         for request in self._running.get(session, ()):
@@ -242,9 +244,12 @@ class SGLangPool:
     async def _place(self, request: _Request) -> Server | None:
         """The server for the next attempt; None if the session was released."""
         usable = await self.fleet.until_ready(lambda: not request.released)
-        if not usable:
-            return None
         home = self._homes.get(request.session)
+        while home is not None and home.state == UPDATING and self.fleet.updating and not request.released:
+            await self.fleet.changed()  # an update takes less time than a prefix on another server
+            usable = await self.fleet.until_ready(lambda: not request.released)
+        if not usable or request.released:
+            return None
         others = [server for server in usable if server is not request.avoid] or usable
         server = (
             home if home is not None and home in others else min(others, key=lambda s: (s.sessions, len(s.requests)))
@@ -255,6 +260,7 @@ class SGLangPool:
                 self._counts["sessions_moved"] += 1
             server.sessions += 1
             self._homes[request.session] = server
+            self._cached.pop(request.session, None)
         request.server = server
         return server
 
@@ -314,6 +320,9 @@ class SGLangPool:
         while server.state == UPDATING and newest > (server.version or 0):
             await self.fleet.changed()
         proven = newest if self.fleet.version is None else server.version or 0
+        if versions and self._refit.keeps_cache(server):
+            oldest = self._cached.setdefault(request.session, versions[0]) if request.session else versions[0]
+            self._counts["tokens_on_stale_cache"] += sum(version > oldest for version in versions)
         for piece in pieces:
             self._keep(request, piece, versions[: len(piece.ids)], proven)
             del versions[: len(piece.ids)]

@@ -25,7 +25,8 @@ from open_agentrl_jax.run.policy import Policy
 from open_agentrl_jax.types import UserError
 
 if TYPE_CHECKING:
-    from open_agentrl_jax.rollout.refit import MemoryFolder, Refit
+    from open_agentrl_jax.rollout.refit import Refit
+    from open_agentrl_jax.rollout.sending import MemoryFolder
     from open_agentrl_jax.rollout.sglang import SGLangPool
 
 log = logging.getLogger(__name__)
@@ -227,7 +228,7 @@ def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path
     Raises:
         UserError: `rollout.refit` needs a sender, and no environment with torch is installed.
     """
-    from open_agentrl_jax.rollout import refit
+    from open_agentrl_jax.rollout import refit, sending
 
     rollout = config.rollout
     try:
@@ -237,7 +238,7 @@ def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path
             raise
         python = None
     size = 2 * sum(leaf.size for leaf in jax.tree.leaves(policy.params))
-    room = refit.MemoryFolder.has_room(size)
+    room = sending.MemoryFolder.has_room(size)
     way, reason = refit.choose(
         rollout.refit,
         rollout.servers,
@@ -246,15 +247,15 @@ def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path
         sender=python is not None,
         room=room,
     )
-    sender = None if way == refit.FILES or python is None else refit.Sender(python, seconds=600)
+    sender = None if way == refit.FILES or python is None else sending.Sender(python, seconds=600)
     # A server that somebody else started may see another /dev/shm than this process.
     in_memory = room and not rollout.weights_dir and (sender is not None or not rollout.servers)
     if rollout.launch_servers and jax.process_count() > 1:
         in_memory = False  # the servers on other machines read the folder, too
-    folder = refit.MemoryFolder() if in_memory else None
+    folder = sending.MemoryFolder() if in_memory else None
     root = folder.path if folder else Path(rollout.weights_dir or directory / "weights")
     log.warning("rollout.refit: %s (%s); versions are published in %s", way, reason, root)
-    return refit.Refit(way, sender, shared=not in_memory), root, folder
+    return refit.Refit(way, sender, shared=not in_memory, keep_cache=rollout.keep_cache), root, folder
 
 
 def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:

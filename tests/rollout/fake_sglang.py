@@ -35,6 +35,8 @@ class FakeSGLang:
         self.host, self.prefix, self.key, self.tls = host, prefix, key, tls
         self.running = asyncio.Event()
         self.running.set()
+        self.loading = asyncio.Event()  # cleared: the server is slow to load weights
+        self.loading.set()
         self.aborted: set[str] = set()
         self.hold_at = None  # tokens in total
         self.cut_after = None  # tokens of an answer, after which its connection breaks
@@ -77,6 +79,7 @@ class FakeSGLang:
         elif name == "abort_request":
             self.aborted.add(body["rid"])
         elif name == "update_weights_from_disk":
+            await self.loading.wait()
             self.version, self.weights = body["weight_version"], int(body["model_path"])
         elif name == "update_weight_version":
             self.version = body["new_version"]

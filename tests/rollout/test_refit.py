@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import pathlib
 import pickle
 import subprocess
@@ -10,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, MemoryFolder, Refit, Sender, SenderFailed, choose
+from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, Refit, choose
+from open_agentrl_jax.rollout.sending import MemoryFolder, Sender, SenderFailed
 from open_agentrl_jax.rollout.sglang import SGLangPool
 from open_agentrl_jax.types import Sampling
 from tests.rollout.fake_sglang import VOCAB, FakeSGLang, expect
@@ -40,7 +42,7 @@ def test_the_way_and_its_reason(way, reason, settings):
 
 def test_a_memory_folder_ends_with_a_killed_process(tmp_path):
     with_guard = (
-        "import sys, time; from open_agentrl_jax.rollout.refit import MemoryFolder\n"
+        "import sys, time; from open_agentrl_jax.rollout.sending import MemoryFolder\n"
         "print(MemoryFolder(sys.argv[1]).path, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", with_guard, str(tmp_path)]
@@ -138,3 +140,26 @@ async def test_a_server_that_sees_no_files_is_tried_again(monkeypatch):
             await pool.update_weights("5", 5)
             assert sender.sent == 4 and way.fallbacks == 0
             expect(await pool.generate([1, 2], Sampling(9)), [1, 2], [(5, 5, 9)])
+
+
+async def test_a_slow_server_does_not_hold_the_others():
+    async with contextlib.AsyncExitStack() as stack:
+        fast, slow = [await stack.enter_async_context(FakeSGLang()) for _ in range(2)]
+        pool = await stack.enter_async_context(SGLangPool([fast.url, slow.url], vocab_size=VOCAB, interval=0.05))
+        await pool.update_weights("1", 1)
+        while len(pool.fleet.ready()) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(pool.generate([1], Sampling(4), session=session) for session in "ab"))
+        home = {session: server.url for session, server in pool._homes.items()}
+        assert set(home.values()) == {fast.url, slow.url}
+        slow.loading.clear()
+        update = asyncio.ensure_future(pool.update_weights("2", 2))
+        later = {s: asyncio.ensure_future(pool.generate([1], Sampling(4), session=s)) for s in "abc"}
+        (waits,) = (session for session, url in home.items() if url == slow.url)
+        for session in set("abc") - {waits}:
+            expect(await later[session], [1], [(2, 2, 4)])
+        assert not update.done() and not later[waits].done()
+        slow.loading.set()
+        await update
+        expect(await later[waits], [1], [(2, 2, 4)])
+        assert pool._homes[waits].url == slow.url

@@ -5,11 +5,13 @@ import contextlib
 import json
 import urllib.request
 
+import numpy as np
 import pytest
 
 from open_agentrl_jax.rollout import servers
 from open_agentrl_jax.rollout.engine import EngineError
-from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, TENSORS, Refit, Sender
+from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, TENSORS, Refit
+from open_agentrl_jax.rollout.sending import Sender
 from open_agentrl_jax.types import Sampling
 from tests.rollout.pools import PROMPT, Trainer, check, flowing, make_pool, until
 
@@ -141,3 +143,22 @@ async def test_a_group_that_does_not_form_costs_one_server(qwen3, checkpoints, m
         lost = next(n for n, server in enumerate(pool.fleet.servers) if server.state == "down")
         qwen3.kill(lost)
         await until(lambda: len(pool.fleet.ready()) == 2, 240)
+
+
+async def test_requests_keep_their_cache_across_an_update(qwen3, checkpoints):
+    trainer = Trainer(checkpoints)
+    async with make_pool(qwen3.urls[:1], trainer, refit=Refit(keep_cache=True)) as pool:
+        await trainer.publish(pool, 91)
+        running = asyncio.ensure_future(pool.generate(PROMPT, Sampling(700), session="a"))
+        await flowing(pool.fleet.servers[0])
+        await trainer.publish(pool, 92)
+        assert pool.metrics()["rollout/probe_difference"] < 2e-3
+        one = await running
+        new = one.version == 92
+        assert 0 < new.sum() < 700
+        assert pool.metrics()["rollout/tokens_on_stale_cache"] == new.sum()
+        # The first tokens are exact, the later ones rest on keys and values of the weights before.
+        expected = checkpoints.logprobs(("qwen3", 91 % 3), [*PROMPT, *one.ids.tolist()])[len(PROMPT) - 1 :]
+        np.testing.assert_allclose(one.logprobs[~new], expected[~new], atol=2e-3)
+        expected = checkpoints.logprobs(("qwen3", 92 % 3), [*PROMPT, *one.ids.tolist()])[len(PROMPT) - 1 :]
+        assert np.abs(one.logprobs[new] - expected[new]).max() > 2e-3

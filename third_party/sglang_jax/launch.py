@@ -36,6 +36,7 @@ from sgl_jax.srt.managers.io_struct import (
     GenerateReqInput,
     PauseGenerationReqInput,
 )
+from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
 from sgl_jax.srt.managers.scheduler import Scheduler
 from sgl_jax.srt.server_args import ServerArgs
 from sgl_jax.srt.utils import kill_process_tree
@@ -178,7 +179,22 @@ def extend_dispatch(scheduler):
     ]
 
 
+def own_memory(merge):
+    """`ScheduleBatch._merge_cache_loc` that returns an array of its own.
+
+    The release returns a view of one buffer that every step overwrites. On a CPU, a JAX array shares the memory of a
+    numpy array that is aligned to 64 bytes, which this buffer is in some processes and not in others: there the next
+    step overwrites the cache locations of the one that runs, whose tokens and log-probs are then wrong.
+    """
+
+    def _merge_cache_loc(self, *args, **kwargs):
+        return merge(self, *args, **kwargs).copy()
+
+    return _merge_cache_loc
+
+
 after_init(Scheduler, extend_dispatch)
+ScheduleBatch._merge_cache_loc = own_memory(ScheduleBatch._merge_cache_loc)
 Scheduler.recv_requests = receive_calmly(Scheduler.recv_requests)
 
 
