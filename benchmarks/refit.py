@@ -11,6 +11,7 @@ transfer s  pause, transfer, load, flush, continue
 proof s     the server scores the probe; the trainer computes its side meanwhile
 refit s     all of it, until the server has proven the weights
 cpu s       of a refit: CPU-seconds of trainer, sender and server together
+checksum s  the server's /weights_checker, which hashes all weights; not part of a refit
 stop s      longest gap between two tokens of the running request, and `usual s` the longest without an update
 """
 
@@ -129,6 +130,10 @@ class Subject:
             last = now if piece.ids else last
         return longest
 
+    def checksum(self) -> dict[str, float]:
+        """Seconds of the server's checksum of all weights."""
+        return {"checksum s": harness.seconds(lambda: self.loop.run(self.server.post("weights_checker", 600)))}
+
     def _cpu_seconds(self) -> float:
         """Of this process, the sender and the server so far."""
         others = [*servers._members(self.launched._guards[0].pid), self.refit.sender_pid or 0]
@@ -168,7 +173,7 @@ def main(arguments: list[str]) -> None:
                 for number in range(options.rounds + 2):
                     for way, kept in rows.items():
                         row = {"new copy s": copy.seconds(new=True), "old copy s": copy.seconds(new=False)}
-                        row |= subject.update(way) | subject.stop(way)
+                        row |= subject.update(way) | subject.checksum() | subject.stop(way)
                         if number >= 2:  # the first compiles; until then no dropped version can be overwritten
                             kept.append(row)
                 facts = {"params": size, "MB": subject.bytes / 1e6, "on": medium(subject.folder)}

@@ -62,7 +62,9 @@ def test_two_processes_load_compute_export_and_publish_as_one(tmp_path):
     assert difference(hf.load_pretrained(tmp_path / "gradient")[1], gradient) < 1e-5
     published = [hf.load_pretrained(publish.version_path(tmp_path / "weights", version))[1] for version in (2, 3)]
     rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
-    assert [difference(one, rounded) for one in published] == [0, 0]
+    published.append(hf.load_pretrained(publish.version_path(tmp_path / "memory-0", 4))[1])
+    assert [difference(one, rounded) for one in published] == [0, 0, 0]
+    assert not (tmp_path / "memory-1").exists()
     expected = publish.replayed_logprobs(params, CONFIG, range(9))  # an odd number, of a row in two parts
     for rank in range(2):
         np.testing.assert_allclose(np.load(tmp_path / f"replayed-{rank}.npy"), expected, atol=1e-5)

@@ -32,6 +32,7 @@ def main(rank, port, folder):
     publish._FILE_BYTES = 20_000  # several files: each process writes some of them
     for version in (1, 2, 3):
         publish.publish_weights(params, config, folder / "weights", version)
+    publish.publish_weights(params, config, folder / f"memory-{rank}", 4, shared=False)
     np.save(folder / f"replayed-{rank}.npy", publish.replayed_logprobs(params, config, range(9)))
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     print(float(value), mine / total)
