@@ -13,8 +13,6 @@ JAX = ("jax", "flax", "optax", "orbax")
 WIRING = tuple(f"{PACKAGE}.{room}" for room in ("run", "collect", "serve", "planning"))
 _REMOTE = ("sglang", "fleet", "remote", "refit", "sending", "sender", "servers", "address")
 REMOTE = [f"rollout/{name}.py" for name in _REMOTE]
-    f"rollout/{name}.py" for name in ("sglang", "fleet", "remote", "refit", "sending", "sender", "servers", "address")
-]
 
 
 ROOMS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix in ("", ".py")}

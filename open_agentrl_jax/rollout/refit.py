@@ -25,6 +25,7 @@ from typing import Any
 from open_agentrl_jax.rollout.address import is_loopback
 from open_agentrl_jax.rollout.remote import Refused, Server, ServerError, Silent
 from open_agentrl_jax.rollout.sending import Sender, SenderFailed
+from open_agentrl_jax.types import UserError
 
 FILES, TENSORS, DISTRIBUTED = "files", "tensors", "distributed"
 LOADING = "loading"  # version string of weights that are being replaced
@@ -47,8 +48,15 @@ def choose(
         weights_dir: `rollout.weights_dir`.
         sender: whether an environment with torch is installed.
         room: whether memory (/dev/shm) can hold the weights.
+
+    Raises:
+        UserError: the servers cannot take weights in the wanted way.
     """
     remote = [url for url in urls if not on_this_machine(url)]
+    if wanted == TENSORS and remote:
+        raise UserError(f"rollout.refit=tensors: {remote[0]} is on another machine; use distributed or files")
+    if wanted in (TENSORS, DISTRIBUTED) and not urls and kind == "sglang_jax":
+        raise UserError(f"rollout.refit={wanted}: sglang-jax servers read files only; use files or auto")
     if wanted != "auto":
         return wanted, "rollout.refit"
     if weights_dir:
@@ -88,6 +96,7 @@ class Refit:
         self._numbers = itertools.count()
         self._groups: dict[Server, tuple[str, int]] = {}  # name, and the sender's life that it belongs to
         self._misfires: dict[Server, int] = {}
+        self._mapped: dict[Server, str] = {}  # version whose shared memory it may be reading
         self._forming, self._formed, self._unformed = asyncio.Lock(), False, ""
         self.fallbacks = 0  # transfers that files replaced
 
@@ -172,7 +181,11 @@ class Refit:
         sender = self._sender
         assert sender is not None
         buckets = (await sender.call("buckets", path=path))["buckets"]
-        payloads = [(await sender.call("share", path=path, bucket=i))["payload"] for i in range(len(buckets))]
+        self._mapped[server] = path
+        payloads = []
+        for index in range(len(buckets)):
+            reuse = set(self._mapped.values()) == {path}
+            payloads.append((await sender.call("share", path=path, bucket=index, reuse=reuse))["payload"])
 
         async def replace() -> None:
             async with _session(server):
@@ -185,6 +198,7 @@ class Refit:
                         flush_cache=last and not self.keeps_cache(server),
                         weight_version=str(version) if last else LOADING,
                     )
+            self._mapped.pop(server, None)  # after an error it may still be reading
 
         return replace
 

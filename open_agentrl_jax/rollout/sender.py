@@ -7,7 +7,7 @@ input and run in threads; each is answered by one JSON line on standard output. 
     {"op": "listen", "host"}                      -> {"port", "backend"}: the store where a server joins a group
     {"op": "join", "port", "group", "world"}      -> {}: the group, as rank 0, when all servers' ranks are there
     {"op": "send", "group", "path", "bucket"}     -> {}: one bucket is broadcast in the group
-    {"op": "share", "path", "bucket"}             -> {"payload"}: the bucket in shared memory, for local servers
+    {"op": "share", "path", "bucket", "reuse"}    -> {"payload"}: the bucket in shared memory, for local servers
     {"op": "leave", "group"}                      -> {}
 
 A bucket is one safetensors file: its data section crosses in one piece, mapped and not copied (gloo), or through the
@@ -39,7 +39,7 @@ BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 
 _stores: dict[int, dist.TCPStore] = {}
 _groups: dict[str, Any] = {}
-_shared: dict[int, tuple[str, torch.Tensor]] = {}  # bucket -> path of its content, memory that the next version reuses
+_shared: dict[int, tuple[str, torch.Tensor]] = {}  # bucket -> path of its content, shared memory
 _making, _sharing, _writing = threading.Lock(), threading.Lock(), threading.Lock()
 
 
@@ -108,15 +108,18 @@ def send(group: str, path: str, bucket: int) -> dict[str, Any]:
     return {}
 
 
-def share(path: str, bucket: int) -> dict[str, Any]:
-    """Copies a bucket into shared memory and returns a pickle that maps it: SGLang's serialised named tensors."""
+def share(path: str, bucket: int, reuse: bool) -> dict[str, Any]:
+    """Copies a bucket into shared memory and returns a pickle that maps it: SGLang's serialised named tensors.
+
+    `reuse` overwrites the memory of the version before, which no server may be reading any more: new memory is slower.
+    """
     file = files(path)[bucket]
     with _sharing:
-        content, memory = data(file), _shared.get(bucket, ("", torch.empty(0)))[1]
-        if memory.numel() != content.numel():
-            storage = torch.UntypedStorage._new_shared(content.numel())
-            memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-        if _shared.get(bucket, ("",))[0] != path:
+        content, (shared, memory) = data(file), _shared.get(bucket, ("", torch.empty(0)))
+        if shared != path:
+            if not reuse or memory.numel() != content.numel():
+                storage = torch.UntypedStorage._new_shared(content.numel())
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
             memory.copy_(content)
             _shared[bucket] = path, memory
     named = [

@@ -56,7 +56,7 @@ class Sender:
             python: an interpreter that has torch.
             seconds: time limit of one transfer.
         """
-        self._command = [str(python), str(pathlib.Path(__file__).with_name("sender.py")), str(seconds)]
+        self._command = [str(python), "-I", str(pathlib.Path(__file__).with_name("sender.py")), str(seconds)]
         self._seconds = seconds
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -111,7 +111,7 @@ class Sender:
         async with self._starting:
             if self._reader is not None and not self._reader.done():
                 return
-            environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,

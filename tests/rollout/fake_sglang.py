@@ -83,6 +83,9 @@ class FakeSGLang:
             self.version, self.weights = body["weight_version"], int(body["model_path"])
         elif name == "update_weight_version":
             self.version = body["new_version"]
+        elif name == "update_weights_from_tensor":
+            await self.loading.wait()
+            self.version = body["weight_version"]
         elif name == "update_weights_from_distributed":
             self.version, self.received = body["weight_version"], [*self.received, body["names"][0]]
             self.weights = int(body["names"][0]) if self.version.isdecimal() else -1

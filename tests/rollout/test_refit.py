@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, Refit, choose
+from open_agentrl_jax.rollout.refit import DISTRIBUTED, FILES, TENSORS, Refit, choose
 from open_agentrl_jax.rollout.sending import MemoryFolder, Sender, SenderFailed
 from open_agentrl_jax.rollout.sglang import SGLangPool
-from open_agentrl_jax.types import Sampling
+from open_agentrl_jax.types import Sampling, UserError
 from tests.rollout.fake_sglang import VOCAB, FakeSGLang, expect
 
 REMOTE, LOCAL = "https://a.example/x", "http://127.0.0.1:30000"
@@ -23,7 +23,7 @@ REMOTE, LOCAL = "https://a.example/x", "http://127.0.0.1:30000"
 @pytest.mark.parametrize(
     ("way", "reason", "settings"),
     [
-        ("tensors", "rollout.refit", {"wanted": "tensors"}),
+        ("tensors", "rollout.refit", {"wanted": "tensors", "urls": [LOCAL]}),
         ("files", "weights_dir", {"weights_dir": "/shared"}),
         ("files", "on this machine", {"urls": [LOCAL, "http://[::1]:1"]}),
         ("files", "on this machine", {"urls": []}),
@@ -38,6 +38,13 @@ def test_the_way_and_its_reason(way, reason, settings):
     chosen, why = choose(**(usual | settings))
     assert chosen == way
     assert reason in why
+
+
+@pytest.mark.parametrize("settings", [{"urls": [LOCAL, REMOTE]}, {"urls": [], "kind": "sglang_jax"}])
+def test_a_way_that_the_servers_do_not_have(settings):
+    usual = {"kind": "sglang", "weights_dir": "", "sender": True}
+    with pytest.raises(UserError, match=r"rollout\.refit=tensors: "):
+        choose("tensors", **(usual | settings))
 
 
 def test_a_memory_folder_ends_with_a_killed_process(tmp_path):
@@ -73,7 +80,7 @@ async def test_the_sender_shares_the_tensors_of_a_file(tmp_path):
         buckets = (await sender.call("buckets", path=str(tmp_path)))["buckets"]
         assert [bucket["names"] for bucket in buckets] == [["a.0", "a.1"], ["b.0", "b.1"]]
         assert buckets[1]["shapes"] == [[3, 2], [3, 3]] and buckets[1]["dtypes"] == ["float16"] * 2
-        payload = (await sender.call("share", path=str(tmp_path), bucket=1))["payload"]
+        payload = (await sender.call("share", path=str(tmp_path), bucket=1, reuse=True))["payload"]
         named = dict(pickle.loads(base64.b64decode(payload)))
         torch.testing.assert_close(named["b.1"], torch.full((3, 3), 11, dtype=torch.float16))
         with pytest.raises(SenderFailed, match="cannot send"):
@@ -90,9 +97,12 @@ async def test_the_sender_shares_the_tensors_of_a_file(tmp_path):
 class FakeSender:
     """Two buckets whose tensors' name is the path; the transfer `broken` never finishes."""
 
-    lives, broken, sent = 1, -1, 0
+    lives, broken, sent, reused = 1, -1, 0, ()
 
     async def call(self, op, seconds=None, **fields):
+        if op == "share":
+            self.reused = (*self.reused, fields["reuse"])
+            return {"payload": fields["path"]}
         if op == "send":
             self.sent += 1
             if self.sent == self.broken:
@@ -163,3 +173,24 @@ async def test_a_slow_server_does_not_hold_the_others():
         await update
         expect(await later[waits], [1], [(2, 2, 4)])
         assert pool._homes[waits].url == slow.url
+
+
+async def test_memory_that_a_slow_server_reads_is_not_overwritten():
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(FakeSGLang()) for _ in range(2)]
+        sender = FakeSender()
+        settings = {"interval": 0.05, "straggler_seconds": 0.1, "refit": Refit(TENSORS, sender)}
+        urls = [server.url for server in servers]
+        pool = await stack.enter_async_context(SGLangPool(urls, vocab_size=VOCAB, **settings))
+        await pool.update_weights("1", 1)
+        while len(pool.fleet.ready()) < 2:
+            await asyncio.sleep(0.01)
+        servers[1].loading.clear()
+        before = len(sender.reused)
+        await pool.update_weights("2", 2)  # only the first server
+        await pool.update_weights("3", 3)
+        assert sender.reused[before:] == (True,) * 4 + (False,) * 2
+        servers[1].loading.set()
+        while len(pool.fleet.ready()) < 2:
+            await asyncio.sleep(0.01)
+        assert {server.version for server in servers} == {"3"}
