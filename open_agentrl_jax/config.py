@@ -305,15 +305,9 @@ class Rollout:
         "", "sglang: a directory that all servers can read; empty: <run_dir>/weights", path=True, resumable=True
     )
     refit: str = setting(
-        "auto",
-        "sglang: how servers get new weights (docs/sglang.md)",
-        choices=("auto", "files", "tensors", "distributed"),
-        resumable=True,
+        "auto", "sglang: how weights travel", choices=("auto", "files", "tensors", "distributed"), resumable=True
     )
-    keep_cache: bool = setting(
-        False,
-        "sglang: updates keep the cache of running episodes, computed by older weights (rollout/tokens_on_stale_cache)",
-    )
+    keep_cache: bool = setting(False, "sglang: updates keep the cache of running episodes, computed by older weights")
     deadline: float = setting(600.0, "sglang: per request", above=0, resumable=True)
     startup_seconds: float = setting(
         30.0, "sglang: how long to wait at start while no server answers", above=0, resumable=True

@@ -259,11 +259,13 @@ def _refit(config: Config, policy: Policy, directory: Path) -> tuple[Refit, Path
 
 
 def _sglang(config: Config, policy: Policy, loop: EventLoop, directory: Path) -> Generation:
+    from open_agentrl_jax.rollout.refit import Refit
     from open_agentrl_jax.train.publish import publish_weights, start_replay
 
     rollout = config.rollout
+    follower = Refit(keep_cache=rollout.keep_cache)
     refit, root, memory = processes.in_all(
-        lambda: _refit(config, policy, directory) if processes.first() else (None, directory, None)
+        lambda: _refit(config, policy, directory) if processes.first() else (follower, directory, None)
     )
     shared = processes.share(memory is None)
     root = Path(processes.share(str(root)))
