@@ -21,7 +21,13 @@ ARCHITECTURES = {
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "attention", "offload")
 ATTENTION = ("auto", "plain", "blockwise", "splash", "splash_static", "triton", "cudnn")
-RUN_TIME = ("compute_dtype", "remat", "attention", "lora")  # how a model is run; not part of config.json
+RUN_TIME = (
+    "compute_dtype",
+    "reduce_dtype",
+    "remat",
+    "attention",
+    "lora",
+)  # how a model is run; not part of config.json
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Features that are not implemented: field -> the values that disable it.
@@ -64,7 +70,8 @@ class ModelConfig:
 
     `remat` names what the backward pass recomputes: "none"; "full" (everything but each layer's input); "dots"
     (everything but matrix products); "attention" (everything but the attention output); "offload" (as "full", with the
-    inputs in host memory). `attention` is a backend of models/attention.py; "auto" chooses one. `rope_scaling` holds
+    inputs in host memory). `reduce_dtype` "float32" sums the layers' gradients between devices in float32, "compute" in
+    `compute_dtype`. `attention` is a backend of models/attention.py; "auto" chooses one. `rope_scaling` holds
     the non-default part of rope_parameters as sorted pairs, see models/rope.py. `lora` adds adapters to the parameters.
     """
 
@@ -87,6 +94,7 @@ class ModelConfig:
     attention_bias: bool = False
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     compute_dtype: str = "float32"
+    reduce_dtype: str = "compute"
     remat: str = "none"
     attention: str = "auto"
     lora: Lora | None = None

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.models.linear import FROZEN, TRAINING, Way
+from open_agentrl_jax.models.linear import FROZEN, TRAINING, Way, take_in_float32
 from open_agentrl_jax.models.params import LORA_A, LORA_B, SCALE, TABLE, Params, Row, abstract_params, rows, shardings
 from open_agentrl_jax.models.rope import frequencies
 from open_agentrl_jax.parallel import sharding
@@ -233,7 +233,10 @@ def run_layers(
         x = checkpoint_name(x, "layer_input")
         scales = {name.removesuffix(SCALE): w for name, w in of_layer[0].items() if name.endswith(SCALE)}
         names = [name for name in of_layer[0] if not name.endswith(SCALE)]
-        weights = {name: _prepare(f"layers/{name}", stored(of_layer[0][name]), dtype, way) for name in names}
+        weights = {
+            name: _prepare(f"layers/{name}", stored(of_layer[0][name]), dtype, way, model_config.reduce_dtype)
+            for name in names
+        }
         return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way, scales)
 
     if model_config.remat != "none":
@@ -290,16 +293,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype, way: Way) -> jax.Array:
+def _prepare(name: str, weight: jax.Array, dtype: jnp.dtype, way: Way, reduce_dtype: str) -> jax.Array:
     # Norms and biases stay float32, so that their gradients are summed over the tokens in it. A matrix is cast first:
-    # what travels between devices is in the compute dtype.
+    # it travels between devices in the compute dtype, and its gradient in that or in float32.
     if weight.ndim == 1:
         return weight
-    if weight.dtype not in (dtype, jnp.int8):
+    take = functools.partial(way.take, name)
+    if weight.dtype in (dtype, jnp.int8):
+        return take(weight)
+
+    def cast(weight: jax.Array) -> jax.Array:
         # The same rounding, said twice: a bare cast TPU compilers take out of the loops, and hold all layers cast.
         precision = jnp.finfo(dtype)
-        weight = jax.lax.reduce_precision(weight, precision.nexp, precision.nmant).astype(dtype)
-    return way.take(name, weight)
+        return jax.lax.reduce_precision(weight, precision.nexp, precision.nmant).astype(dtype)
+
+    if reduce_dtype == "float32" and way is TRAINING:
+        return take_in_float32(take, cast)(weight)
+    return take(cast(weight))
 
 
 def _pure(module: nnx.Module) -> Params:

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ def make_mesh(
             else f"mesh: {_show(sizes)} needs {known} devices, there are {len(devices)}; set one size to -1"
         )
     types = (AxisType.Explicit,) * len(AXES)
-    slices = len({_slice(device) for device in devices})
+    slices = slice_count(devices)
     if slices == 1:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     if sizes[0] % slices:
@@ -66,9 +66,9 @@ def make_mesh(
     return Mesh(create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
 
 
-def _slice(device: Any) -> int:
-    """The TPU slice of a device; 0 where the platform has none."""
-    return getattr(device, "slice_index", None) or 0
+def slice_count(devices: Iterable[Any]) -> int:
+    """TPU slices that the devices are in; 1 where the platform has none."""
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ from open_agentrl_jax.models.attention import pick, row_parts
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.parallel import sharding
-from open_agentrl_jax.parallel.mesh import make_mesh
+from open_agentrl_jax.parallel.mesh import make_mesh, slice_count
 from open_agentrl_jax.planning import chips, flops, hlo, topologies, workload
 from open_agentrl_jax.planning.shapes import shape_of
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
@@ -185,7 +186,8 @@ def report(
     """The compiled step in numbers, and its faults."""
     mesh, model, devices = made.mesh, made.model, made.mesh.size
     sizes, state = memory_of(made, compiled), made.arguments[0]
-    travels = hlo.collectives(compiled.as_text(), dict(mesh.shape))
+    slices = slice_count(mesh.devices.flat)
+    travels = hlo.collectives(compiled.as_text(), dict(mesh.shape), slices=slices)
     whole = flops.count(traced.jaxpr)
     parts = row_parts(model.num_kv_heads, mesh)
     part = made.length // parts
@@ -195,7 +197,8 @@ def report(
     )
     tokens = made.rows * made.length
     compute = (whole.products + whole.kernels * shares["slowest"]) / devices / chip.flops
-    links = sum(c.sent for c in travels) / chip.link_bandwidth
+    links = sum(c.sent for c in travels if c.axes != hlo.BETWEEN) / chip.link_bandwidth
+    between = sum(c.sent for c in travels if c.axes == hlo.BETWEEN) / (chip.slice_bandwidth or math.inf)
     # AdamW reads the parameter, gradient and two moments, and writes three of them, once per step (here of one
     # micro-batch).
     update = 7 * sizes["parameters"] / chip.hbm_bandwidth
@@ -221,7 +224,13 @@ def report(
             "model": (6.0 * matrices + 4.0 * frozen) * tokens,  # frozen weights have no gradient
         },
         "collectives": _table(travels),
-        "seconds": {"compute": compute, "links": links, "update": update, "bound": max(compute, links) + update},
+        "seconds": {
+            "compute": compute,
+            "links": links,
+            "slices": between,
+            "update": update,
+            "bound": max(compute, links, between) + update,
+        },
     }
     return numbers, faults
 
@@ -274,10 +283,11 @@ def describe(numbers: dict[str, Any], topology: str) -> str:
             for row in numbers["collectives"]
         ),
         f"lower bound for one micro-batch and the update: {t['bound']:.3f} s = max(compute {t['compute']:.3f}, links "
-        f"{t['links']:.3f}) + update {t['update']:.3f}",
+        f"{t['links']:.3f}, between slices {t['slices']:.3f}) + update {t['update']:.3f}",
         "  assumes the chip's peak rate for every operation, attention as the schedule runs it on packed rows of "
         "agentic lengths (log-normal, mean 4k) on the busiest part of a row, collectives hidden behind compute in "
-        f"rings over one torus axis ({chip.link_bandwidth / 1e9:.0f} GB/s), the update bound by memory "
+        f"rings over one torus axis ({chip.link_bandwidth / 1e9:.0f} GB/s), between slices at "
+        f"{chip.slice_bandwidth / 1e9:g} GB/s per chip, the update bound by memory "
         f"({chip.hbm_bandwidth / 1e9:.0f} GB/s)",
     ]
     return "\n".join(lines)

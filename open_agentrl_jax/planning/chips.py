@@ -16,14 +16,15 @@ class Chip:
     flops: float  # bfloat16 operations per second, two per multiply-add
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second out of a chip along one torus axis, both directions together
+    slice_bandwidth: float = 0.0  # bytes per second that a chip sends to other slices over the data center network
     gpu: bool = False  # links are those of one machine (NVLink), from each GPU to all others
 
 
 # HBM as the compiler reports it when a program does not fit; the rates are from the vendors' data sheets.
 CHIPS = {
-    "v5p": Chip(int(95.74 * 2**30), 459e12, 2765e9, 180e9),
-    "v6e": Chip(int(31.25 * 2**30), 918e12, 1640e9, 180e9),
-    "v5e": Chip(int(15.75 * 2**30), 197e12, 819e9, 90e9),
+    "v5p": Chip(int(95.74 * 2**30), 459e12, 2765e9, 180e9, 6.25e9),
+    "v6e": Chip(int(31.25 * 2**30), 918e12, 1640e9, 180e9, 12.5e9),
+    "v5e": Chip(int(15.75 * 2**30), 197e12, 819e9, 90e9, 3.125e9),
     # One GiB less than the card has, for the driver. JAX uses three quarters of that unless
     # XLA_PYTHON_CLIENT_MEM_FRACTION is set.
     "h100": Chip(78 * 2**30, 989e12, 3350e9, 450e9, gpu=True),

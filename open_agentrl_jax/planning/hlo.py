@@ -12,6 +12,11 @@ import numpy as np
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(?:-start)?\((.*)$")
+# TPU programs of several slices pass what leaves a slice to a runtime on the host.
+_BETWEEN = re.compile(
+    r' = \((.*?\]).* send\(.*_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="([A-Z_]+)"'
+)
+BETWEEN = ("slices",)  # the `axes` of what travels between slices, over the data center network
 _CALLED = re.compile(r"(calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -27,7 +32,7 @@ class Collective:
     """
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh; ("?",) where the groups are not understood
+    axes: tuple[str, ...]  # of the mesh; BETWEEN; ("?",) where the groups are not understood
     bytes: int
     largest: int
     times: int  # runs a step: loops are counted as often as they run, one of unknown length once
@@ -41,12 +46,13 @@ class Collective:
         return self.bytes * self.times * once.get(self.kind, (self.ways - 1) / max(self.ways, 1))
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(text: str, mesh: Mapping[str, int], *, slices: int = 1) -> list[Collective]:
     """The collectives that `compiled.as_text()` has, each with how often it runs.
 
     Args:
       text: the optimised program; loops with a constant bound in their condition count that often.
       mesh: sizes of the axes, in the order in which the devices are laid out.
+      slices: TPU slices that the devices are in.
     """
     bodies, entry = _computations(text)
     found = []
@@ -54,6 +60,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         # TPU compilers write a reduce-scatter as an all-reduce and a slice inside one fusion of this name.
         scatters = name.startswith("all-reduce-scatter")
         for line in bodies[name]:
+            if between := _BETWEEN.search(line):
+                sent, kind = int(_bytes(between[1])), between[3].lower().replace("_", "-")
+                whole = sent * slices if kind == "all-gather" else sent
+                found.append(Collective(kind, BETWEEN, whole, whole, times, slices, between[2]))
+                continue
             match = _COLLECTIVE.search(line)
             if match is None:
                 continue

@@ -40,7 +40,7 @@ def shape_of(config: Config, layers: int = 0) -> ModelConfig:
       UserError: there is no such folder and no shape for the name.
     """
     dtype = config.model.compute_dtype
-    runtime: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    runtime: dict[str, Any] = {name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention")}
     runtime["compute_dtype"] = "bfloat16" if dtype == "auto" else dtype
     runtime["lora"] = peft.adapters_of(config.model.lora)
     if (Path(config.model.path) / "config.json").exists():

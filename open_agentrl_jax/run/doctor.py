@@ -243,7 +243,7 @@ _HELLO = [Message("user", "What is 6 * 7?")]
 
 def _model(config: Config) -> ModelConfig:
     """The model's shape as the run computes it; a new model's from the fields of model.new."""
-    how: dict[str, Any] = {"remat": config.model.remat, "attention": config.model.attention}
+    how: dict[str, Any] = {name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention")}
     how |= {"compute_dtype": compute_dtype(config), "lora": peft.adapters_of(config.model.lora)}
     if config.model.path.endswith(".gguf"):
         return dataclasses.replace(gguf.describe(config.model.path)[0], **how)

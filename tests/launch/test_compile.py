@@ -12,8 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def compiled(out, *flags):
-    command = [sys.executable, "-m", "launch.compile", "--topology=v5p:2x2x1", "--layers=2", f"--out={out}"]
+def compiled(out, *flags, topology="v5p:2x2x1"):
+    command = [sys.executable, "-m", "launch.compile", f"--topology={topology}", "--layers=2", f"--out={out}"]
     command += ["--config=configs/qwen3_4b_grpo_tcr.py", "--config.packing.length=23040", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
@@ -41,6 +41,23 @@ def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
     counters = numbers["bytes"]["moments"] - 2 * numbers["bytes"]["parameters"]
     assert 0 <= counters <= 16  # the optimizer's and the schedule's
     assert 2 < numbers["flops"]["matrix_products"] / (numbers["flops"]["model"] / 6 * 2) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_libtpu
+def test_two_slices_exchange_gradients_and_nothing_else(tmp_path):
+    """Data parallel between slices: each device sends its shard of every gradient once per micro-batch."""
+    small = ("--config.packing.length=2048", "--config.packing.rows=0", "--config.agent.max_response=1024")
+    small += ("--config.agent.max_prompt=1024", "--config.mesh.data=2", "--config.mesh.seq=2")
+    numbers = compiled(tmp_path / "numbers.json", *small, topology="2xv5e:2x2")
+    assert numbers["mesh"]["data"] == 2
+    assert not numbers["faults"]
+    between = {row["kind"]: row for row in numbers["collectives"] if row["axis"] == "slices"}
+    shard = numbers["bytes"]["parameters"]  # float32; the layers' gradients travel in bfloat16, the embedding's twice
+    assert 0.5 * shard < between["all-reduce"]["bytes"] < 2.1 * shard
+    assert sum(row["bytes"] for kind, row in between.items() if kind != "all-reduce") < 2**20
+    assert numbers["seconds"]["slices"] > 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Run in a process of its own with eight fake devices: loss and gradients on meshes, compared with one device."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -12,8 +13,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from models.rows import packed
 
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
-from open_agentrl_jax.models import qwen
+from open_agentrl_jax.models import linear, qwen
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.params import spec
 from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.parallel.mesh import make_mesh
 
@@ -62,6 +64,29 @@ def difference(a, b):
     return float(max(jax.tree.leaves(relative)))
 
 
+def reductions():
+    """Relative error of one matrix's gradient over eight devices, its products in bfloat16, by the dtype of the sum."""
+    rng = np.random.default_rng(0)
+    half = jnp.bfloat16
+    x, dy = (jnp.asarray(rng.standard_normal((8, 32, n)), half) for n in (64, 128))
+    w = rng.standard_normal((64, 128)).astype(np.float32)
+    wanted = np.einsum("bti,bto->io", np.asarray(x, np.float64), np.asarray(dy, np.float64))
+    take, found = functools.partial(linear.TRAINING.take, "layers/up"), {}
+    ways = {
+        "compute": lambda w: take(w.astype(half)),
+        "float32": linear.take_in_float32(take, lambda w: w.astype(half)),
+    }
+    with jax.set_mesh(make_mesh(1, 4, 2, 1)):
+        placed = jax.device_put(w, sharding.P(*spec("layers/up")[1:]))
+        x, dy = jax.device_put(x, sharding.HIDDEN), jax.device_put(dy, sharding.WIDE)
+        for name, way in ways.items():
+            y, back = jax.jit(lambda w, way=way: jax.vjp(lambda w: linear.widen(x, way(w)), w))(placed)
+            (dw,) = jax.jit(lambda dy, back=back: back(dy))(dy)
+            assert y.dtype == half and dw.dtype == jnp.float32 and dw.sharding == placed.sharding
+            found[name] = float(np.abs(np.asarray(dw, np.float64) - wanted).max() / np.abs(wanted).max())
+    return found
+
+
 def main():
     plain, step = (jax.jit(jax.value_and_grad(f), static_argnums=1) for f in (plain_loss, loss))
     batch = packed(np.random.default_rng(0), 8, 32, 12, vocab=96)
@@ -94,7 +119,7 @@ def main():
         got = every(placed, TIED, *(jax.device_put(x, sharding.TOKENS) for x in batch[:3]))
     params = wanted[TIED][0]
     told = {"init": difference(made, params), "logits": difference(got, every(params, TIED, *batch[:3]))}
-    print(json.dumps({"cases": cases, **told}))
+    print(json.dumps({"cases": cases, **told, "reductions": reductions()}))
 
 
 if __name__ == "__main__":

@@ -97,3 +97,4 @@ def test_any_mix_of_axes_gives_the_loss_and_gradients_of_one_device():
         assert case["gradient"] < 1e-5, case
         assert case["sharded_like_parameters"], case
     assert result["init"] < 1e-6 and result["logits"] < 1e-5
+    assert result["reductions"]["float32"] < 1e-6 < 1e-4 < result["reductions"]["compute"]

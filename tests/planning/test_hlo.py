@@ -82,6 +82,25 @@ def test_groups_that_are_not_understood_are_said_to_be():
     assert [c.axes for c in hlo.collectives(text, MESH) if c.kind == "all-gather"] == [("?",)]
 
 
+def test_what_leaves_a_slice_is_counted():
+    """As the TPU compiler writes it for two slices: sends to a runtime on the host, in a loop of three trips."""
+    transfer = (
+        'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="{name}_0",_xla_megascale_target="{{1,2}}x{{0:3}}",'
+        '_xla_megascale_transfer_type="{kind}"}}'
+    )
+    gradient = "  %send.1 = (bf16[512,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%dw, %after), channel_id=1, "
+    numbers = "  %send.2 = (f32[1,1,1024]{2,1,0:T(1,128)}, u32[], token[]) send(%x, %after), channel_id=2, "
+    lines = gradient + transfer.format(name="all-reduce.10", kind="ALL_REDUCE") + "\n"
+    lines += numbers + transfer.format(name="all-gather.7", kind="ALL_GATHER") + "\n"
+    text = TEXT.replace("  %cp = ", lines + "  %cp = ")
+    found = {c.source: c for c in hlo.collectives(text, MESH, slices=2) if c.axes == hlo.BETWEEN}
+    reduced, gathered = found["all-reduce.10_0"], found["all-gather.7_0"]
+    assert (reduced.kind, reduced.times, reduced.sent) == ("all-reduce", 3, 3 * 512 * 8 * 128 * 2)
+    assert (gathered.kind, gathered.bytes, gathered.sent) == ("all-gather", 2 * 4096, 3 * 4096)
+    assert not faults(MESH, 10**6)
+
+
 def test_unknown_chips_are_refused():
     assert chips.chip("v5p:2x2x1").hbm > 95 * 2**30
     with pytest.raises(UserError, match="unknown kind 'v9x'"):
