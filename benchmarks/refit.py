@@ -46,7 +46,7 @@ SIZES = {  # by billions of parameters; the larger two are as Qwen3-0.6B and Qwe
 }
 WAYS = (refit.FILES, refit.TENSORS, refit.DISTRIBUTED)
 CONTEXT = 1024
-TOKENS = CONTEXT - 64  # of the running request
+TOKENS = 128  # of the running request
 
 
 class Subject:
@@ -115,7 +115,7 @@ class Subject:
         for name in ("usual s", "stop s"):
             stream = self.loop.submit(self._gap())
             if name == "stop s":
-                time.sleep(0.3)
+                time.sleep(0.2)
                 self.update(way)
             gaps[name] = stream.result()
         return gaps
