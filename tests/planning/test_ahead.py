@@ -97,7 +97,7 @@ def test_host_memory_is_not_counted_as_the_devices(compiled):
     ]
     state = dataclasses.make_dataclass("State", ["params", "opt_state"])(arrays[:1], arrays[1:])
     jax.tree_util.register_dataclass(type(state), ["params", "opt_state"], [])
-    made = ahead.StepPlan(None, None, None, (state, []), 1, 1, 1, 1)  # type: ignore[arg-type]
+    made = ahead.StepPlan(None, None, None, (state, [], None, []), 1, 1, 1, 1)  # type: ignore[arg-type]
     sizes = ahead.memory_of(made, compiled)
     assert (sizes["arguments"], sizes["host"]) == (16, 64)
     assert sizes["peak"] == sizes["total"] == 66
