@@ -18,7 +18,7 @@ from open_agentrl_jax.data.benchmarks import read_problems
 from open_agentrl_jax.data.conversations import Conversation, read_conversations, write_conversations
 from open_agentrl_jax.data.generated import GENERATED
 from open_agentrl_jax.data.loader import Mixture, Source, Subset, read_mixture
-from open_agentrl_jax.data.rows import refuse_many_bad
+from open_agentrl_jax.data.rows import MAX_BAD, refuse_many_bad
 from open_agentrl_jax.reference.behaviour import BEHAVIOURS
 from open_agentrl_jax.run.world import reader_of
 from open_agentrl_jax.sandbox.client import Sandbox
@@ -201,8 +201,9 @@ def sft_examples(config: Config, chat: Chat, conversations: Iterable[Conversatio
         if one.mask.any():
             made.append(one)
     refuse_many_bad("data.sft", bad, total, "see the tokenizer's chat template")
-    if len(distinct := {one.tokens.tobytes() for one in made}) < len(made):
-        log.warning("data.sft: %d of %d conversations are copies of others", len(made) - len(distinct), len(made))
+    copies = len(made) - len({one.tokens.tobytes() for one in made})
+    if copies > MAX_BAD * len(made):
+        log.warning("data.sft: %d of %d conversations are copies of others", copies, len(made))
     if unseen:
         log.warning("data.sft: the chat template leaves out the reasoning_content of %d conversations", unseen)
     if not made:
