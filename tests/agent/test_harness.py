@@ -1,6 +1,8 @@
 """Foreign agents: real commands and functions that talk to the capturing endpoint, good and bad ones."""
 
+import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -42,12 +44,25 @@ async def reward(task, text):
     return Score(1.0 if right else -1.0, float(right), text)
 
 
-async def play(tokenizer, engine_texts, *, command="", function=None, task=TASK, seconds=30.0, reward=reward, turns=8):
+async def play(
+    tokenizer,
+    engine_texts,
+    *,
+    command="",
+    function=None,
+    variables=(),
+    task=TASK,
+    seconds=30.0,
+    reward=reward,
+    turns=8,
+    room=300,
+):
     chat = Chat(tokenizer)
     capture, engine = Capture(), Speaker(chat, *engine_texts)
-    transcript = Transcript(engine, Chats(chat), Sampling(0), Budget(turns, 300), max_prompt=200, session="s")
+    transcript = Transcript(engine, Chats(chat), Sampling(0), Budget(turns, room), max_prompt=room, session="s")
     try:
-        return await harnesses.play(Harness(command, function), capture, transcript, task, reward, seconds=seconds)
+        harness = Harness(command, function, variables)
+        return await harnesses.play(harness, capture, transcript, task, reward, seconds=seconds)
     finally:
         await capture.close()
 
@@ -184,6 +199,45 @@ async def test_a_grader_that_raises_or_fails_masks_the_episode(tokenizer, tmp_pa
     assert made.stop == "error" and "mistake of the grader" in made.error and len(made.sequences) == 1
     made = await play(tokenizer, ["12"], command=script(tmp_path, "ask()"), reward=failing)
     assert made.stop == "aborted"
+
+
+@pytest.mark.skipif(shutil.which("mini") is None, reason="pip install mini-swe-agent")
+async def test_mini_swe_agent_repairs_a_toy_repository(tokenizer, monkeypatch):
+    """An agent that exists already, as its package installs it: one sequence, nothing tokenised again."""
+
+    def call(command):
+        return f"<tool_call>\n{json.dumps({'name': 'bash', 'arguments': {'command': command}})}\n</tool_call>"
+
+    async def tests_pass(task, text):
+        with open(os.path.join(task.extra["directory"], "calc.py")) as file:
+            return Score(1.0, float("a + b" in file.read()))
+
+    variables = {"MSWEA_CONFIGURED": "true", "MSWEA_COST_TRACKING": "ignore_errors", "MSWEA_SILENT_STARTUP": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    files = {
+        "calc.py": "def add(a, b):\n    return a - b\n",
+        "test_calc.py": "import calc\nassert calc.add(2, 2) == 4\n",
+    }
+    task = Task("t", [Message("user", "The test in test_calc.py fails. Mend calc.py.")], "", extra={"files": files})
+    said = [
+        f"I look first. {call('cat calc.py')}",
+        call("sed -i 's/a - b/a + b/' calc.py && python3 test_calc.py"),
+        call("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"),
+    ]
+    command = "mini -t {prompt} -m openai/{model} -y --exit-immediately -o trajectory.json"
+    made = await play(
+        tokenizer,
+        said,
+        command=command,
+        variables=tuple(variables),
+        task=task,
+        reward=tests_pass,
+        seconds=120.0,
+        room=4000,
+    )
+    assert (made.stop, made.accuracy, len(made.sequences)) == ("answer", 1.0, 1), made.error
+    assert made.metrics["num_turns"] == 3 and made.metrics["retokenised"] == made.metrics["refused"] == 0
 
 
 def test_words_of_a_command_are_replaced_once_and_files_become_absolute():
