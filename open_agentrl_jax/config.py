@@ -69,6 +69,9 @@ class Model:
     reduce_dtype: str = setting("compute", "of gradients summed between devices", choices=("compute", "float32"))
     remat: str = setting("none", "a rematerialisation policy of models.qwen")
     attention: str = setting("auto", "a backend of models.attention; auto: by platform, shape and dtype")
+    balance: float = setting(
+        0.0, "mixtures of experts: weight of the load-balance loss; 0: neither the loss nor its metrics", at_least=0
+    )
     new: NewModel = section(NewModel)
     lora: LoRA = section(LoRA)
 
@@ -218,7 +221,9 @@ class RL:
 class Packing:
     """Sequences are packed into rows; `rows` x `length` tokens make one micro-batch."""
 
-    rows: int = setting(8, "over the whole mesh; a multiple of mesh data x fsdp; 0: one per device of these axes")
+    rows: int = setting(
+        8, "over the whole mesh; a multiple of mesh data x fsdp x expert; 0: one per device of these axes"
+    )
     length: int = setting(0, "a multiple of mesh seq x tensor; 0: prompt + response budget (RL), max_length (SFT)")
     more_lengths: tuple = setting(
         (), "other row lengths; each mini-batch takes the one that wastes least (docs/scaling.md)"
@@ -360,6 +365,7 @@ class Mesh:
     fsdp: int = setting(-1, "shards of the parameters; the batch is split over them too", at_least=-1)
     seq: int = setting(1, "shards of each row and of the vocabulary (context parallelism)", at_least=-1)
     tensor: int = setting(1, "shards of heads, hidden units and vocabulary", at_least=-1)
+    expert: int = setting(1, "shards of the experts of a mixture; the batch is split over them too", at_least=-1)
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from open_agentrl_jax.types import UserError
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
 }
@@ -27,6 +28,7 @@ RUN_TIME = (
     "remat",
     "attention",
     "lora",
+    "balance",
 )  # how a model is run; not part of config.json
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -37,7 +39,14 @@ _UNUSED = {
     "attention_dropout": (None, 0, 0.0),
     "quantization_config": (None,),
 }
-_BIAS_OPTIONAL = ("llama", "qwen3")  # attention_bias adds biases to q, k, v and o
+_BIAS_OPTIONAL = ("llama", "qwen3", "qwen3_moe")  # attention_bias adds biases to q, k, v and o
+# Fields of mixtures of experts: name in config.json -> ours.
+_MIXTURE = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "expert_size",
+    "norm_topk_prob": "norm_topk_prob",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +75,15 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One dense decoder: Qwen2.5, Qwen3, Llama or Mistral. The fields of RUN_TIME select how it runs.
+    """One decoder: Qwen2.5, Qwen3, Qwen3-MoE, Llama or Mistral. The fields of RUN_TIME select how it runs.
 
     `remat` names what the backward pass recomputes: "none"; "full" (everything but each layer's input); "dots"
     (everything but matrix products); "attention" (everything but the attention output); "offload" (as "full", with the
     inputs in host memory). `reduce_dtype` "float32" sums the layers' gradients between devices in float32, "compute" in
     `compute_dtype`. `attention` is a backend of models/attention.py; "auto" chooses one. `rope_scaling` holds
     the non-default part of rope_parameters as sorted pairs, see models/rope.py. `lora` adds adapters to the parameters.
+    With `num_experts` above 0 every layer is a mixture of experts of `expert_size` hidden units, `intermediate_size` is
+    unused, and `balance` is the weight of the load-balance loss in training.
     """
 
     model_type: str
@@ -93,11 +104,16 @@ class ModelConfig:
     pad_id: int | None = None
     attention_bias: bool = False
     rope_scaling: tuple[tuple[str, Any], ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_topk_prob: bool = False
     compute_dtype: str = "float32"
     reduce_dtype: str = "compute"
     remat: str = "none"
     attention: str = "auto"
     lora: Lora | None = None
+    balance: float = 0.0
 
     def __post_init__(self):
         _check(self)
@@ -115,7 +131,7 @@ class ModelConfig:
     @property
     def qk_norm(self) -> bool:
         """Whether q and k are normalised per head (Qwen3)."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | pathlib.Path, **run_time: Any) -> ModelConfig:
@@ -156,6 +172,8 @@ class ModelConfig:
             "eos_ids": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
             "pad_id": hf.get("pad_token_id"),
         }
+        if hf["model_type"] == "qwen3_moe":
+            fields |= _mixture(hf, where)
         try:
             config = cls(**fields, **run_time)
         except UserError as error:
@@ -195,6 +213,9 @@ class ModelConfig:
             hf["use_sliding_window"] = False
         if self.rope_scaling:
             hf["rope_scaling"] = dict(self.rope_scaling)
+        if self.num_experts:
+            hf |= {name: getattr(self, field) for name, field in _MIXTURE.items()}
+            hf |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
         return hf
 
 
@@ -214,7 +235,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
 def _refuse_unsupported(hf: Mapping[str, Any], where: str) -> None:
     kind, supported = hf.get("model_type"), ", ".join(ARCHITECTURES)
     if kind not in ARCHITECTURES:
-        raise UserError(f"{where}: model_type: {kind!r} is not supported; use a dense model of type {supported}")
+        raise UserError(f"{where}: model_type: {kind!r} is not supported; use a model of type {supported}")
     for name in hf.get("architectures") or ():
         if name != ARCHITECTURES[kind]:
             raise UserError(f"{where}: architectures: {name} is not supported; use {ARCHITECTURES[kind]}")
@@ -234,6 +255,17 @@ def _refuse_windows(hf: Mapping[str, Any], where: str, layers: int) -> None:
     slides = "sliding_attention" in by_layer if by_layer else hf.get("max_window_layers", 28) < layers
     if hf.get("use_sliding_window") and hf.get("sliding_window") is not None and slides:
         raise UserError(f"{where}: use_sliding_window: sliding windows are not supported; set it to false")
+
+
+def _mixture(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        field = "mlp_only_layers" if hf.get("mlp_only_layers") else "decoder_sparse_step"
+        raise UserError(f"{where}: {field}: dense layers between mixtures are not supported; use another model")
+    # transformers writes num_local_experts, and leaves out what equals its defaults.
+    count = _or(hf.get("num_experts"), _or(hf.get("num_local_experts"), 128))
+    sizes = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
+    given = {"num_experts": count} | {name: _or(hf.get(name), default) for name, default in sizes.items()}
+    return {field: given[name] for name, field in _MIXTURE.items()}
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -259,6 +291,10 @@ def _check(c: ModelConfig) -> None:
         value = getattr(c, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{field}: {value!r} must be a positive whole number")
+    if c.model_type == "qwen3_moe" and not 0 < c.experts_per_token <= c.num_experts:
+        raise UserError(f"num_experts_per_tok: {c.experts_per_token} must be from 1 to num_experts {c.num_experts}")
+    if c.num_experts and c.expert_size < 1:
+        raise UserError(f"moe_intermediate_size: {c.expert_size} must be a positive whole number")
     for field in ("rope_theta", "rms_norm_eps"):
         value = getattr(c, field)
         if not isinstance(value, int | float) or value <= 0:

@@ -127,7 +127,7 @@ def extend(
 
     layers = jnp.arange(model_config.num_layers)
     way = _way(params)
-    hidden, new = run_layers(params, model_config, tokens, positions, attend, layers, way=way)
+    hidden, new, _ = run_layers(params, model_config, tokens, positions, attend, layers, way=way)
     if way is APART:
         # Changes no finite number. But unless what is written depends on the last layer's output, XLA does not know
         # that this layer reads the cache before the write, and copies all of it at each step.

@@ -26,12 +26,12 @@ from open_agentrl_jax.types import UserError
 
 
 class Tensor(NamedTuple):
-    """One tensor of a Hugging Face file and the parameter, or the layer of a stacked parameter, that it stores."""
+    """One tensor of a Hugging Face file and the parameter, or the part of a stacked parameter, that it stores."""
 
     name: str  # in the file
     shape: tuple[int, ...]  # in the file
     path: str  # of the parameter
-    layer: int | None
+    index: tuple[int, ...]  # of the tensor in it: (), (layer,) or (layer, expert)
 
     @property
     def size(self) -> int:
@@ -42,11 +42,10 @@ class Tensor(NamedTuple):
 def tensors_of(path: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """Yield the Hugging Face tensors that make up the parameter of `shape` at `path`."""
     row = TABLE[path]
-    stacked = "{}" in row.name
-    one = shape[1:] if stacked else shape
-    one = one[::-1] if row.transposed else one
-    for layer in range(shape[0]) if stacked else (None,):
-        yield Tensor(row.name.format(layer), one, path, layer)
+    stacked = row.name.count("{}")
+    one = shape[stacked:][::-1] if row.transposed else shape[stacked:]
+    for index in np.ndindex(shape[:stacked]):
+        yield Tensor(row.name.format(*index), one, path, index)
 
 
 def save_pretrained(
@@ -104,10 +103,10 @@ def save_pretrained(
 def _merged(params: Params, model_config: ModelConfig, tensor: Tensor) -> tuple[Params, Tensor]:
     """Where the values of a tensor are: in the parameters, or in a matrix of their own if an adapter changes it."""
     name = tensor.path.removeprefix("layers/")
-    if model_config.lora is None or tensor.layer is None or not lora.is_merged(params, name):
+    if model_config.lora is None or not tensor.index or not lora.is_merged(params, name):
         return params, tensor
-    matrix = lora.merged_matrix(params, model_config, name, tensor.layer)
-    return {"layers": {name: matrix}}, tensor._replace(layer=None)
+    matrix = lora.merged_matrix(params, model_config, name, *tensor.index)
+    return {"layers": {name: matrix}}, tensor._replace(index=())
 
 
 def plan(params: Params, itemsize: int, max_bytes: int) -> list[list[Tensor]]:
@@ -116,7 +115,7 @@ def plan(params: Params, itemsize: int, max_bytes: int) -> list[list[Tensor]]:
     tensors = [tensor for path, leaf in leaves for tensor in tensors_of(path_name(path), leaf.shape)]
     shards: list[list[Tensor]] = []
     size = math.inf
-    for tensor in sorted(tensors, key=lambda t: (t.layer is not None, t.layer or 0)):
+    for tensor in sorted(tensors, key=lambda t: t.index[:1]):
         if size + tensor.size * itemsize > max_bytes:
             shards.append([])
             size = 0
@@ -182,13 +181,12 @@ def gather_on_device(params: Params, tensor: Tensor, dtype: str, *, transposed: 
     value, whole = _parameter(params, tensor), None
     if isinstance(value, jax.Array) and isinstance(value.sharding, jax.sharding.NamedSharding):
         whole = jax.sharding.NamedSharding(value.sharding.mesh, jax.P())
-    return _taker(dtype, whole, transposed and TABLE[tensor.path].transposed)(value, tensor.layer)
+    return _taker(dtype, whole, transposed and TABLE[tensor.path].transposed)(value, tensor.index)
 
 
 def host_view(params: Params, tensor: Tensor) -> np.ndarray:
     """A view of one tensor in this host's memory, in its own dtype and the layout of the parameter; do not write."""
-    value = np.asarray(_parameter(params, tensor))
-    return value if tensor.layer is None else value[tensor.layer]
+    return np.asarray(_parameter(params, tensor))[tensor.index]
 
 
 def _parameter(params: Params, tensor: Tensor) -> Any:
@@ -197,9 +195,10 @@ def _parameter(params: Params, tensor: Tensor) -> Any:
 
 @functools.cache
 def _taker(dtype: str, whole: jax.sharding.NamedSharding | None, transpose: bool) -> Callable[..., jax.Array]:
-    # Cast on the device: half the bytes cross. The layer's number is traced: one compilation per parameter.
-    def take(value: jax.Array, layer: jax.Array | None) -> jax.Array:
-        value = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    # Cast on the device: half the bytes cross. The index is traced: one compilation per parameter.
+    def take(value: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        for number in index:
+            value = jax.lax.dynamic_index_in_dim(value, number, keepdims=False)
         if dtype == "bfloat16":  # by its bits: XLA's CPU backend takes twelve times as long for a cast
             bits = jax.lax.bitcast_convert_type(rounded(value.astype("float32")), jnp.uint32)
             value = (bits >> 16).astype(jnp.uint16)

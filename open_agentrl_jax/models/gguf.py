@@ -56,7 +56,7 @@ def load(
         values = np.empty(leaf.shape, jnp.dtype(dtype))
         for tensor in tensors_of(path_name(key), leaf.shape):
             data = _dequantized(tensors[names[tensor.name]], tensor, config, path)
-            values[... if tensor.layer is None else tensor.layer] = data.T if row.transposed else data
+            values[tensor.index] = data.T if row.transposed else data
         return jax.device_put(values, where)
 
     places = () if mesh is None else (qwen.param_shardings(config, mesh),)

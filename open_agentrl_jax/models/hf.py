@@ -156,18 +156,19 @@ def _check_tied(files: TensorFiles, head: str) -> None:
 
 def _reader(files: TensorFiles, path: str, shape: tuple[int, ...], dtype: Any, on_read: Callable[[str], None] | None):
     """A function from an index into the parameter at `path` to its values there."""
-    tensors, transposed = list(tensors_of(path, shape)), TABLE[path].transposed
+    names, transposed = {tensor.index: tensor.name for tensor in tensors_of(path, shape)}, TABLE[path].transposed
+    depth = len(next(iter(names)))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        stacked = tensors[0].layer is not None
-        inner = index[1:] if stacked else index
-        inner = inner[::-1] if transposed else inner
-        values = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
-        for place, tensor in enumerate(tensors[index[0]] if stacked else tensors):
-            data = files.read(tensor.name, inner)
-            values[place if stacked else ...] = data.T if transposed else data
+        inner = index[depth:][::-1] if transposed else index[depth:]
+        ranges = [range(*i.indices(n)) for i, n in zip(index, shape, strict=True)]
+        values = np.empty([len(numbers) for numbers in ranges], dtype)
+        for place in np.ndindex(values.shape[:depth]):
+            name = names[tuple(numbers[i] for numbers, i in zip(ranges, place, strict=False))]
+            data = files.read(name, inner)
+            values[place] = data.T if transposed else data
             if on_read is not None:
-                on_read(tensor.name)
+                on_read(name)
         return values
 
     return read

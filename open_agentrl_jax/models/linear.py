@@ -141,7 +141,9 @@ class Way(NamedTuple):
 
 def _gather(name: str, weight: jax.Array) -> jax.Array:
     kept = params.spec(name)
-    return sharding.gather(weight, sharding.P(*kept[1:]) if name.startswith("layers/") else kept)
+    kept = sharding.P(*kept[1:]) if name.startswith("layers/") else kept
+    split = sharding.EXPERTS[1:] if kept[0] == sharding.EXPERTS else sharding.PARTS
+    return sharding.gather(weight, kept, split)
 
 
 def _look_up_gathered(embed: jax.Array, tokens: jax.Array) -> jax.Array:

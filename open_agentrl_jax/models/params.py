@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.parallel.sharding import PARTS, VOCABULARY, P, check_divides, path_name
+from open_agentrl_jax.parallel.sharding import EXPERTS, PARTS, VOCABULARY, P, check_divides, path_name
 from open_agentrl_jax.types import UserError
 
 Params = dict[str, Any]
@@ -24,12 +24,20 @@ def _always(_: ModelConfig) -> bool:
     return True
 
 
+def _sparse(c: ModelConfig) -> bool:
+    return c.num_experts > 0
+
+
+def _dense(c: ModelConfig) -> bool:
+    return not _sparse(c)
+
+
 class Row(NamedTuple):
     """One parameter."""
 
     axes: str  # letters of its axes, see `sizes`; matrices are [in out]
     spec: jax.sharding.PartitionSpec
-    name: str  # in Hugging Face files; "{}" is the layer number
+    name: str  # in Hugging Face files; "{}" is the layer number, a second one that of the expert
     transposed: bool = False  # the file holds [out in]
     start: str = "normal"  # or "ones", "zeros", "uniform": within 1 / sqrt(inputs)
     int8: int | None = None  # axis that one 8-bit scale covers; None: never quantised
@@ -46,8 +54,12 @@ def _layer(axes: str, spec: jax.sharding.PartitionSpec, name: str, **fields: Any
     return Row("l" + axes, spec, f"model.layers.{{}}.{name}", **fields)
 
 
-def _matrix(axes: str, spec: jax.sharding.PartitionSpec, name: str) -> Row:
-    return _layer(axes, spec, name + ".weight", transposed=True, int8=-2)
+def _matrix(axes: str, spec: jax.sharding.PartitionSpec, name: str, **fields: Any) -> Row:
+    return _layer(axes, spec, name + ".weight", **({"transposed": True, "int8": -2} | fields))
+
+
+def _experts(axes: str, spec: jax.sharding.PartitionSpec, name: str) -> Row:
+    return _matrix("e" + axes, spec, f"mlp.experts.{{}}.{name}", int8=None, when=_sparse)
 
 
 TABLE: dict[str, Row] = {
@@ -68,9 +80,13 @@ TABLE: dict[str, Row] = {
     "layers/o_bias": _layer("d", _VECTOR, "self_attn.o_proj.bias", start="zeros", when=lambda c: c.o_bias),
     "layers/q_norm": _layer("D", _VECTOR, "self_attn.q_norm.weight", start="ones", when=lambda c: c.qk_norm),
     "layers/k_norm": _layer("D", _VECTOR, "self_attn.k_norm.weight", start="ones", when=lambda c: c.qk_norm),
-    "layers/gate": _matrix("df", _WIDE, "mlp.gate_proj"),
-    "layers/up": _matrix("df", _WIDE, "mlp.up_proj"),
-    "layers/down": _matrix("fd", _NARROW, "mlp.down_proj"),
+    "layers/gate": _matrix("df", _WIDE, "mlp.gate_proj", when=_dense),
+    "layers/up": _matrix("df", _WIDE, "mlp.up_proj", when=_dense),
+    "layers/down": _matrix("fd", _NARROW, "mlp.down_proj", when=_dense),
+    "layers/router": _matrix("de", P(None, PARTS, None), "mlp.gate", int8=None, when=_sparse),
+    "layers/expert_gate": _experts("dm", P(None, EXPERTS, None, "tensor"), "gate_proj"),
+    "layers/expert_up": _experts("dm", P(None, EXPERTS, None, "tensor"), "up_proj"),
+    "layers/expert_down": _experts("md", P(None, EXPERTS, "tensor", None), "down_proj"),
 }
 
 
@@ -119,6 +135,8 @@ def sizes(c: ModelConfig) -> dict[str, int]:
         "v": c.vocab_size,
         "d": c.hidden_size,
         "f": c.intermediate_size,
+        "e": c.num_experts,
+        "m": c.expert_size,
         "h": c.num_heads * c.head_dim,
         "k": c.num_kv_heads * c.head_dim,
         "D": c.head_dim,

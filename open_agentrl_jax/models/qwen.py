@@ -1,4 +1,4 @@
-"""Dense decoders (Qwen2.5, Qwen3, Llama, Mistral): stacked layers under lax.scan, parameters a nested dictionary.
+"""Decoders (Qwen2.5, Qwen3, Qwen3-MoE, Llama, Mistral): stacked layers under lax.scan, parameters a nested dictionary.
 
 The parameters are float32 masters {"embed", "layers": {...}, "norm", "head"?}; models/params.py lists their shapes and
 shardings. Each layer is cast to the compute dtype and gathered where it is used.
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from open_agentrl_jax.models import experts
 from open_agentrl_jax.models.attention import attention
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.linear import FROZEN, TRAINING, Way, take_in_float32
@@ -26,6 +27,7 @@ from open_agentrl_jax.parallel import sharding
 from open_agentrl_jax.types import UserError
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Watch = Callable[[experts.Routing], Any]  # what to keep of the routing of a layer
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -66,8 +68,12 @@ class Block(nnx.Module):
         cache: Any,
         way: Way = TRAINING,
         scales: Params | None = None,
+        given: jax.Array | None = None,
     ):
-        """x [b t d] -> (x [b t d], what `attend` returned second); `scales` are those of 8-bit matrices."""
+        """x [b t d] -> (x [b t d], (what `attend` returned second, routing of a mixture)).
+
+        `scales` are those of 8-bit matrices; `given` are choices of experts, see `experts.route`.
+        """
         times = functools.partial(self._times, way, scales or {})
         q, k, v = self._heads(rms_norm(x, self.attn_norm[...], self.config.rms_norm_eps), rope, times, way)
         mixed, cache = attend(q, k, v, cache)
@@ -77,7 +83,12 @@ class Block(nnx.Module):
             mixed = (mixed + self.o_bias[...]).astype(x.dtype)
         x = x + mixed
         y = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        return x + times("down", jax.nn.silu(times("gate", y)) * times("up", y)), cache
+        if not self.config.num_experts:
+            return x + times("down", jax.nn.silu(times("gate", y)) * times("up", y)), (cache, None)
+        names = ("router", "expert_gate", "expert_up", "expert_down")
+        weights = experts.Weights(*(getattr(self, name)[...] for name in names))
+        y, routing = experts.mixture(y, weights, self.config, way, given)
+        return x + y, (cache, routing)
 
     def _times(self, way: Way, scales: Params, name: str, x: jax.Array) -> jax.Array:
         narrows = name in ("o", "down")
@@ -176,6 +187,21 @@ def forward(
     *,
     stored: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
+    """`watched_forward` for the hidden states alone."""
+    return watched_forward(params, model_config, tokens, positions, segment_ids, stored=stored)[0]
+
+
+def watched_forward(
+    params: Params,
+    model_config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    stored: Callable[[jax.Array], jax.Array] | None = None,
+    choices: jax.Array | None = None,
+    watch: Watch | None = None,
+) -> tuple[jax.Array, Any]:
     """Hidden states [b t d] after the final norm, in the compute dtype.
 
     Args:
@@ -185,6 +211,11 @@ def forward(
       positions: [b t], from 0 in each segment.
       segment_ids: [b t], equal within a segment; 0 is padding.
       stored: elementwise, of every weight where it is used: what a file that is not as exact would give back.
+      choices: [l b t k] experts to use in mixtures; see `experts.route`.
+      watch: what to return of the routing of each layer.
+
+    Returns:
+      hidden, and what `watch` returned, stacked over layers.
     """
 
     segment_ids, positions = (sharding.constrain(jnp.asarray(x), sharding.TOKENS) for x in (segment_ids, positions))
@@ -193,7 +224,10 @@ def forward(
         return attention(q, k, v, segment_ids, positions, backend=model_config.attention), cache
 
     way = TRAINING if model_config.lora is None else FROZEN
-    return run_layers(params, model_config, tokens, positions, attend, way=way, stored=stored)[0]
+    ran = run_layers(
+        params, model_config, tokens, positions, attend, way=way, stored=stored, choices=choices, watch=watch
+    )
+    return ran[0], ran[2]
 
 
 def run_layers(
@@ -206,7 +240,9 @@ def run_layers(
     *,
     way: Way = TRAINING,
     stored: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, Any]:
+    choices: jax.Array | None = None,
+    watch: Watch | None = None,
+) -> tuple[jax.Array, Any, Any]:
     """Embedding, all layers and the final norm, with the attention given from outside.
 
     Args:
@@ -218,10 +254,10 @@ def run_layers(
         layer. What it returns as `new` may be any tree of arrays, the updated layer_cache or just the new k and v.
       cache: a tree of arrays stacked over layers [l ...]; `attend` gets one layer of it. None where there is none.
       way: what travels on a mesh, and how the layers lie, see models/linear.py; without a mesh it changes no number.
-      stored: see `forward`.
+      stored, choices, watch: see `watched_forward`.
 
     Returns:
-      hidden [b t d] after the final norm, and every layer's `new` stacked [l ...].
+      hidden [b t d] after the final norm, and every layer's `new` and what `watch` returned, stacked [l ...].
     """
     dtype = jnp.dtype(model_config.compute_dtype)
     stored = stored or (lambda weight: weight)
@@ -237,7 +273,9 @@ def run_layers(
             name: _prepare(f"layers/{name}", stored(of_layer[0][name]), dtype, way, model_config.reduce_dtype)
             for name in names
         }
-        return nnx.merge(graph, nnx.State(weights))(x, rope, attend, of_layer[1], way, scales)
+        block = nnx.merge(graph, nnx.State(weights))
+        x, (new, routing) = block(x, rope, attend, of_layer[1][0], way, scales, of_layer[1][1])
+        return x, (new, watch(routing) if watch and routing else None)
 
     if model_config.remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[model_config.remat], prevent_cse=False)
@@ -246,8 +284,8 @@ def run_layers(
     if (scale := params.get("embed" + SCALE)) is not None:
         x = x * scale.at[tokens].get()[..., None]
     x = sharding.constrain(x.astype(dtype), way.layout.hidden)
-    x, new = way.over(layer, x, (params["layers"], cache))
-    return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new
+    x, (new, watched) = way.over(layer, x, (params["layers"], (cache, choices)))
+    return rms_norm(x, stored(params["norm"]), model_config.rms_norm_eps), new, watched
 
 
 def apart(params: Params) -> Params:

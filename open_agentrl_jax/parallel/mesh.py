@@ -1,4 +1,4 @@
-"""The device mesh: axes data, fsdp, seq, tensor, all in explicit sharding mode; and how processes join to form it."""
+"""The device mesh (axes data, fsdp, seq, tensor, expert, in explicit sharding mode) and how processes join it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from open_agentrl_jax.types import UserError
 
-AXES = ("data", "fsdp", "seq", "tensor")
+AXES = ("data", "fsdp", "seq", "tensor", "expert")
 MULTISLICE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 # Held while a program is dispatched to the devices of a mesh if another thread may dispatch too: if two programs reach
 # two devices in different orders, their collectives deadlock.
@@ -24,7 +24,13 @@ launching = threading.RLock()
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, seq: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int = -1,
+    seq: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over the devices; enter it with `jax.set_mesh(mesh)` before creating arrays or tracing functions.
 
@@ -36,13 +42,14 @@ def make_mesh(
       fsdp: parts of the parameters; the batch is split over it too. -1 takes all remaining devices.
       seq: parts of each row and of the vocabulary (context parallelism).
       tensor: parts of heads, hidden units and vocabulary; between matrix products, of each row.
+      expert: parts of the experts of a mixture; the batch is split over it too.
       devices: default: all devices; for ahead-of-time compilation those of a topology.
 
     Raises:
       UserError: the product of the sizes is not the number of devices, or `data` does not divide by the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, seq, tensor]
+    sizes = [data, fsdp, seq, tensor, expert]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh: {_show(sizes)}: each size must be at least 1; one may be -1 (all remaining devices)")
     known = math.prod(size for size in sizes if size != -1)
@@ -62,7 +69,7 @@ def make_mesh(
         raise UserError(f"mesh: data={sizes[0]} does not divide by the {slices} slices; set mesh.data to {slices}")
     from jax.experimental.mesh_utils import create_hybrid_device_mesh
 
-    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1)
     return Mesh(create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
 
 

@@ -17,12 +17,13 @@ P = jax.P
 
 # PARTS split the leading axis of every matrix: only then do TPU compilers turn the gradient of a gathered parameter
 # into a reduce-scatter.
-PARTS = ("fsdp", "seq")  # both split parameters: the parts of a row sum gradients as the rows do
+PARTS = ("fsdp", "seq", "expert")  # all split parameters: the parts of a row sum gradients as the rows do
+EXPERTS = ("expert", "fsdp", "seq")  # split the experts of a mixture, which stay split over the first
 # Each device holds only its `seq` part of embedding and head: the devices that share a row also share its look-ups and
 # logits. `seq` is the outer axis, so that gathering over fsdp alone gives whole parts.
 VOCABULARY = ("seq", "tensor")
 
-BATCH = ("data", "fsdp")  # what the batch is split over
+BATCH = ("data", "fsdp", "expert")  # what the batch is split over
 TOKENS = P(BATCH, "seq")  # [b t]
 ROWS = P(BATCH, "seq", None)  # [b t d] where a product takes it or made it
 HIDDEN = P(BATCH, ("seq", "tensor"), None)  # [b t d] between products: norms and sums are done, and saved, once
@@ -42,8 +43,8 @@ class Layout(NamedTuple):
 SPLIT = Layout(TOKENS, HIDDEN, WIDE, HEADS)  # rows over the devices: what trains
 # Every device has all rows: what generates. The cache's slots are split over every axis but `tensor`.
 WHOLE = Layout(P(None, None), P(None, None, None), P(None, None, "tensor"), P(None, None, "tensor", None))
-SLOTS = ("data", "fsdp", "seq")
-_REDUCED = frozenset({"data", "fsdp", "seq"})  # every axis the batch is split over
+SLOTS = ("data", "fsdp", "seq", "expert")
+_REDUCED = frozenset(SLOTS)  # every axis the batch is split over
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -79,8 +80,8 @@ def out(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec | None:
     return None if current_mesh() is None else spec
 
 
-def gather(x: jax.Array, kept: jax.sharding.PartitionSpec) -> jax.Array:
-    """Gather a parameter over PARTS for a matrix product; its gradient comes back reduce-scattered.
+def gather(x: jax.Array, kept: jax.sharding.PartitionSpec, parts: tuple[str, ...] = PARTS) -> jax.Array:
+    """Gather a parameter over `parts` for a matrix product; its gradient comes back reduce-scattered.
 
     Plain resharding to the gathered spec would make jax all-reduce the gradient over the batch axes; `reduced=` leaves
     the sum to be done into the parameter's own sharding.
@@ -88,12 +89,13 @@ def gather(x: jax.Array, kept: jax.sharding.PartitionSpec) -> jax.Array:
     Args:
       x: the parameter.
       kept: its spec.
+      parts: mesh axes.
     """
     if current_mesh() is None:
         return x
-    if not any(set(PARTS) & set(names(part)) for part in kept):
+    if not any(set(parts) & set(names(part)) for part in kept):
         return x  # norms and biases: tiny, and an elementwise product takes no reduced operand
-    return gather_as(x, P(*(_without(PARTS, part) for part in kept)))
+    return gather_as(x, P(*(_without(parts, part) for part in kept)))
 
 
 def gather_as(x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
@@ -102,10 +104,11 @@ def gather_as(x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
     if mesh is None:
         return x
     kept = frozenset(name for part in spec for name in names(part))
-    if mesh.shape["seq"] > 1 and "seq" not in kept:
-        # One axis after the other: for groups that fill a square torus TPU compilers have no reduce-scatter.
-        here = jax.typeof(x).sharding.spec
-        x = jax.reshard(x, P(*(_without("seq", part) for part in here), reduced=frozenset({"seq"})))
+    for axis in ("expert", "seq"):  # the inner one of PARTS first
+        if mesh.shape[axis] > 1 and axis not in kept:
+            # One axis after the other: for groups that fill a square torus TPU compilers have no reduce-scatter.
+            here = jax.typeof(x).sharding.spec
+            x = jax.reshard(x, P(*(_without(axis, part) for part in here.partitions), reduced=here.reduced | {axis}))
     return jax.reshard(x, P(*spec, reduced=_REDUCED - kept))
 
 
@@ -133,7 +136,7 @@ def _without(axes: str | tuple[str, ...], part: str | tuple[str, ...] | None) ->
 
 
 def placer(mesh: jax.sharding.Mesh | None, mine: Sequence[int] | None = None, *, rows: int = 0) -> Callable[[Any], Any]:
-    """Returns a function that places a numpy Batch on the devices: rows over data and fsdp, positions over seq.
+    """Returns a function that places a numpy Batch on the devices: rows over BATCH, positions over seq.
 
     Args:
         mesh: None: one device.

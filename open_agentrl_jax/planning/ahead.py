@@ -103,9 +103,15 @@ def bytes_of(tree: Any) -> int:
 def smallest_matrix(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
     """Bytes, in the compute dtype, of the smallest gathered matrix of a layer on one device."""
     layers = qwen.abstract_params(lora.without(model))["layers"]
-    smallest = min(x.size // model.num_layers for x in layers.values() if x.ndim == 3)
+    smallest = min(x.size // model.num_layers for x in layers.values() if x.ndim in (3, 4))
     itemsize = np.dtype("bfloat16" if model.compute_dtype == "bfloat16" else "float32").itemsize
     return smallest * itemsize // mesh.shape["tensor"]
+
+
+def active_parameters(params: Any, model: ModelConfig) -> int:
+    """Parameters of the matrices that a token is multiplied with: of a mixture only the chosen experts."""
+    share = model.experts_per_token / model.num_experts if model.num_experts else 1.0
+    return round(sum(x.size * (share if x.ndim == 4 else 1) for x in jax.tree.leaves(params) if x.ndim > 1))
 
 
 @functools.cache
@@ -192,11 +198,10 @@ def report(
     parts = row_parts(model.num_kv_heads, mesh)
     part = made.length // parts
     shares = attention_shares(made.length, parts, attention_block(part, chip))
-    matrices, frozen = (
-        sum(x.size for x in jax.tree.leaves(tree) if x.ndim > 1) for tree in (state.params, made.arguments[3])
-    )
+    matrices, frozen = (active_parameters(tree, model) for tree in (state.params, made.arguments[3]))
     tokens = made.rows * made.length
-    compute = (whole.products + whole.kernels * shares["slowest"]) / devices / chip.flops
+    ragged = whole.ragged / mesh.shape["expert"]  # the devices along it share the choices, here evenly
+    compute = (whole.products + ragged + whole.kernels * shares["slowest"]) / devices / chip.flops
     links = sum(c.sent for c in travels if c.axes != hlo.BETWEEN) / chip.link_bandwidth
     between = sum(c.sent for c in travels if c.axes == hlo.BETWEEN) / (chip.slice_bandwidth or math.inf)
     # AdamW reads the parameter, gradient and two moments, and writes three of them, once per step (here of one
@@ -218,7 +223,7 @@ def report(
         "attention": backend_of(made, part),
         "bytes": sizes,
         "flops": {
-            "matrix_products": whole.products,
+            "matrix_products": whole.products + ragged,
             "attention_whole_square": whole.kernels,
             **{f"attention_{name}": whole.kernels * share for name, share in shares.items()},
             "model": (6.0 * matrices + 4.0 * frozen) * tokens,  # frozen weights have no gradient

@@ -70,7 +70,7 @@ def table(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None, *,
     if config.rollout.engine != "local":
         if frozen:
             return [*entries, Entry("publishing (merged copy)", total * item, "mesh.fsdp (more devices)")]
-        largest = max(x.size // (model.num_layers if x.ndim == 3 else 1) for x in jax.tree.leaves(base))
+        largest = max(x.size // (model.num_layers if x.ndim in (3, 4) else 1) for x in jax.tree.leaves(base))
         return [*entries, Entry("publishing (largest matrix)", largest * item, "mesh.fsdp (more devices)")]
     whole = mesh is None or processes > 1
     copies = config.rl.max_staleness if reinforced else 0
@@ -79,7 +79,7 @@ def table(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | None, *,
     elif item != 4 or config.rollout.weights == "int8":
         copies += 1  # in the compute dtype; float32 weights are shared with the trainer
     size = 1 if config.rollout.weights == "int8" else item
-    held = total * size // (1 if whole else _ways(mesh, ("fsdp", "seq", "tensor")))
+    held = total * size // (1 if whole else _ways(mesh, (*sharding.PARTS, "tensor")))
     gathered = 4 * total if processes > 1 else 0
     entries.append(Entry("engine weights", copies * held + gathered, "rollout.engine=sglang"))
     cache, slots = engine_cache(config, model, None if whole else mesh)
@@ -91,10 +91,11 @@ def activations(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh | No
     packing = choose_packing(config, longest_sequence(config), mesh)
     c, item = model, jnp.dtype(model.compute_dtype).itemsize
     length = max(packing.length, *packing.more_lengths, 0)
-    tokens = packing.rows * length // _ways(mesh, ("data", "fsdp", "seq"))
+    tokens = packing.rows * length // _ways(mesh, sharding.SLOTS)
     tensor, vocabulary = _ways(mesh, ("tensor",)), _ways(mesh, sharding.VOCABULARY)
     heads, kv_heads = c.num_heads * c.head_dim // tensor, c.num_kv_heads * c.head_dim // tensor
-    hidden = c.intermediate_size // tensor
+    # Of a mixture, one row of hidden units for each choice.
+    hidden = (c.experts_per_token * c.expert_size if c.num_experts else c.intermediate_size) // tensor
     products = heads + 2 * kv_heads + 2 * hidden + 2 * c.hidden_size  # outputs of a layer's matrix products
     saved = {  # values per token and layer that wait for the backward pass
         "none": 3 * products,

@@ -17,6 +17,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_4b": _QWEN
     | {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_layers": 36, "num_heads": 32}
     | {"num_kv_heads": 8, "vocab_size": 151936, "rope_theta": 5e6, "tie_word_embeddings": True},
+    "qwen3_30b_a3b": _QWEN
+    | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_layers": 48, "num_heads": 32}
+    | {"num_kv_heads": 4, "vocab_size": 151936, "rope_theta": 1e7, "tie_word_embeddings": False}
+    | {"num_experts": 128, "experts_per_token": 8, "expert_size": 768, "norm_topk_prob": True},
     "qwen2_5_7b": _QWEN
     | {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_layers": 28, "num_heads": 28}
     | {"num_kv_heads": 4, "vocab_size": 152064, "rope_theta": 1e6, "tie_word_embeddings": False},
@@ -40,7 +44,9 @@ def shape_of(config: Config, layers: int = 0) -> ModelConfig:
       UserError: there is no such folder and no shape for the name.
     """
     dtype = config.model.compute_dtype
-    runtime: dict[str, Any] = {name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention")}
+    runtime: dict[str, Any] = {
+        name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention", "balance")
+    }
     runtime["compute_dtype"] = "bfloat16" if dtype == "auto" else dtype
     runtime["lora"] = peft.adapters_of(config.model.lora)
     if (Path(config.model.path) / "config.json").exists():

@@ -90,7 +90,7 @@ def load_policy(config: Config, folder: Folder) -> Policy:
         jax.set_mesh(mesh)
     adapters = peft.adapters_of(config.model.lora)
     model_config, params = hf.load_pretrained(hf.resolve(folder.path), mesh, dtype if adapters else "float32")
-    how = {name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention")}
+    how = {name: getattr(config.model, name) for name in ("reduce_dtype", "remat", "attention", "balance")}
     how["compute_dtype"] = dtype
     model_config = dataclasses.replace(model_config, lora=adapters, **how)
     if len(folder.tokenizer) > model_config.vocab_size:

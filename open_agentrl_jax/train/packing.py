@@ -112,7 +112,8 @@ def choose_packing(config: Config, longest: int, mesh: jax.sharding.Mesh | None)
     rows, length = given.rows or groups, given.length or -(-longest // parts) * parts
     if rows % groups:
         raise UserError(
-            f"packing.rows={rows} does not divide by mesh data x fsdp = {groups}; use a multiple, or 0 for one a device"
+            f"packing.rows={rows} does not divide by mesh data x fsdp x expert = {groups}; use a multiple, or 0 for "
+            "one per device"
         )
     lengths = (length, *given.more_lengths)
     for value in lengths:

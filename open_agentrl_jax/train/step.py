@@ -21,9 +21,9 @@ from open_agentrl_jax.algorithms import losses
 from open_agentrl_jax.algorithms.entropy import update_coefficient
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
 from open_agentrl_jax.config import Loss
-from open_agentrl_jax.models import lora, qwen
+from open_agentrl_jax.models import experts, lora, qwen
 from open_agentrl_jax.models.config import ModelConfig
-from open_agentrl_jax.parallel.sharding import P, constrain
+from open_agentrl_jax.parallel.sharding import HIDDEN, P, constrain
 from open_agentrl_jax.train.optimizer import Optimizer, update
 from open_agentrl_jax.train.packing import Batch
 from open_agentrl_jax.train.state import TrainState
@@ -155,7 +155,13 @@ _after_frozen.defvjp(
 
 
 def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: float, chunk: int):
-    hidden = qwen.forward(params, model_config, batch.tokens, batch.positions, batch.segment_ids)
+    """Log-probs and entropy [b t], and the loads of the experts where their balance is trained."""
+    watch = None
+    if model_config.num_experts and model_config.balance:
+        watch = functools.partial(experts.load, real=constrain(batch.segment_ids > 0, P(*HIDDEN[:2])))
+    hidden, loads = qwen.watched_forward(
+        params, model_config, batch.tokens, batch.positions, batch.segment_ids, watch=watch
+    )
     name = "embed" if model_config.tie_word_embeddings else "head"
     if model_config.lora is None:
         hidden, table = _one_after_the_other(hidden, params[name])
@@ -163,7 +169,7 @@ def _score(params: Any, model_config: ModelConfig, batch: Batch, temperature: fl
         hidden, table = _after_frozen(hidden, params[name])
         table = jax.lax.stop_gradient(table)
     head = qwen.unembedding({name: table}, model_config)
-    return token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
+    return *token_logprobs(hidden, head, batch.targets, temperature=temperature, chunk=chunk), loads
 
 
 def _micro(batch: Any, index: Any) -> Any:
@@ -173,7 +179,7 @@ def _micro(batch: Any, index: Any) -> Any:
 def _scores(params: Any, model_config: ModelConfig, batch: Batch, used: Any, temperature: float, chunk: int):
     def body(index, out):
         micro = _micro(batch, index)
-        logprobs, _ = _score(params, model_config, micro, temperature, chunk)
+        logprobs, _, _ = _score(params, model_config, micro, temperature, chunk)
         return jax.lax.dynamic_update_index_in_dim(out, jnp.where(micro.mask, logprobs, 0), index, 0)
 
     return jax.lax.fori_loop(0, used, body, jnp.zeros_like(batch.old_logprobs))
@@ -221,10 +227,15 @@ def make_step(
     """
 
     def loss_of(params: Any, micro: Batch, totals: Totals) -> tuple[Float[Array, ""], Metrics]:
-        logprobs, entropy = _score(params, model_config, micro, temperature, chunk)
+        logprobs, entropy, loads = _score(params, model_config, micro, temperature, chunk)
         # Only a few numbers per token remain. Every device gets all of them: objectives sum over sequences.
         logprobs, entropy, micro = jax.tree.map(lambda x: constrain(x, P()), (logprobs, entropy, micro))
-        return objective(logprobs, entropy, micro, totals)
+        loss, metrics = objective(logprobs, entropy, micro, totals)
+        if loads is not None:
+            uneven, of_experts = experts.balance(loads)
+            share = micro.mask.sum() / jnp.maximum(totals.tokens, 1)
+            loss, metrics = loss + model_config.balance * share * uneven, metrics | of_experts
+        return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, used: Int[Array, ""], frozen: Any = None) -> tuple[TrainState, Metrics]:

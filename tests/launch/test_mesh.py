@@ -31,4 +31,4 @@ def test_a_run_goes_on_on_another_mesh_with_the_numbers_of_one_device(tmp_path):
 def test_rows_that_the_mesh_does_not_divide(tmp_path):
     done = run("train", tmp_path / "run", devices=4, **{"packing.rows": 3})
     assert done.returncode == 2
-    assert "packing.rows=3 does not divide by mesh data x fsdp = 4" in done.stderr.strip().splitlines()[-1]
+    assert "packing.rows=3 does not divide by mesh data x fsdp x expert = 4" in done.stderr.strip().splitlines()[-1]

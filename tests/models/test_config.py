@@ -79,7 +79,15 @@ def test_rope_theta_under_both_names():
     ("change", "named"),
     [
         ({"model_type": "gemma3_text"}, "model_type: 'gemma3_text'"),
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "model_type: 'qwen3_moe'"),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "model_type: 'qwen2_moe'"),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
+            "mlp_only_layers: dense layers",
+        ),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts_per_tok": 200},
+            "num_experts_per_tok: 200 must be from 1 to num_experts 128",
+        ),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures: Qwen3ForSequenceClassification"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling: rope type 'dynamic'"),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling: factor: '4'"),

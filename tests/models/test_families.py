@@ -11,6 +11,7 @@ from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.rollout.local import LocalEngine
 from open_agentrl_jax.types import Sampling
 
+from .test_experts import MOE
 from .test_int8 import PROMPT, logprobs
 
 LLAMA3 = (
@@ -30,8 +31,9 @@ YARN = (("factor", 4.0), ("original_max_position_embeddings", 16), ("rope_type",
         ModelConfig(
             "qwen3", 97, 48, 64, 2, 4, 2, 16, tie_word_embeddings=True, rope_scaling=YARN, initializer_range=0.2
         ),
+        MOE,
     ],
-    ids=["llama", "qwen3 yarn"],
+    ids=["llama", "qwen3 yarn", "qwen3 moe"],
 )
 def test_engine_logprobs_equal_the_forward(config):
     params = qwen.init(config, 0)

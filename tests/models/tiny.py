@@ -22,7 +22,7 @@ def torch_model(model_type: str, *, rope_theta: float = 1e6, head_dim: int | Non
     }
     if model_type == "mistral":
         shape["sliding_window"] = None
-    name = model_type.capitalize()
+    name = "".join(part.capitalize() for part in model_type.split("_"))
     config = getattr(transformers, f"{name}Config")(**shape)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

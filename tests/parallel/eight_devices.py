@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from models.rows import packed
 
 from open_agentrl_jax.algorithms.logprobs import token_logprobs
-from open_agentrl_jax.models import linear, qwen
+from open_agentrl_jax.models import experts, linear, qwen
 from open_agentrl_jax.models.config import ModelConfig
 from open_agentrl_jax.models.params import spec
 from open_agentrl_jax.parallel import sharding
@@ -23,6 +23,9 @@ SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=2,
 TIED = ModelConfig("qwen3", head_dim=32, tie_word_embeddings=True, remat="full", **SHAPE)
 UNTIED = ModelConfig("qwen2", head_dim=16, **SHAPE)
 LLAMA = ModelConfig("llama", head_dim=16, attention_bias=True, **SHAPE)
+MOE = ModelConfig(
+    "qwen3_moe", head_dim=16, num_experts=8, experts_per_token=3, expert_size=48, norm_topk_prob=True, **SHAPE
+)
 CASES = [
     (TIED, (8, 1, 1, 1)),
     (TIED, (1, 2, 2, 2)),
@@ -31,6 +34,8 @@ CASES = [
     (LLAMA, (2, 2, 1, 2)),
     (UNTIED, (2, 2, 2, 1)),  # the only one whose parts of a row exchange heads: the others have too few
     (UNTIED, (1, 1, 8, 1)),
+    (MOE, (1, 2, 1, 2, 2)),
+    (MOE, (1, 1, 2, 1, 4)),
 ]
 
 
@@ -92,10 +97,11 @@ def main():
     batch = packed(np.random.default_rng(0), 8, 32, 12, vocab=96)
     batch += (np.roll(batch[0], -1, 1),)
     wanted = {}
-    for config in (TIED, UNTIED, LLAMA):
+    for config in (TIED, UNTIED, LLAMA, MOE):
         params = jitter(qwen.init(config, 0))
         wanted[config] = params, *plain(params, config, *batch)
     cases = []
+    experts.pick = lambda tokens: experts.chosen_experts  # `wanted` was computed with every expert, as on any CPU
     for config, sizes in CASES:
         params, value, gradient = wanted[config]
         mesh = make_mesh(*sizes)

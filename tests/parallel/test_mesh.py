@@ -22,7 +22,7 @@ def _devices(n):
 def test_one_device():
     mesh = make_mesh(devices=jax.devices()[:1])
     assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1}
     assert current_mesh() is None
     with jax.set_mesh(mesh):
         assert current_mesh() == mesh.abstract_mesh
@@ -32,7 +32,7 @@ def test_one_device():
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
-        ((2, 2, 1, 1), "mesh: data=2 fsdp=2 seq=1 tensor=1 needs 4 devices, there are 8"),
+        ((2, 2, 1, 1), "mesh: data=2 fsdp=2 seq=1 tensor=1 expert=1 needs 4 devices, there are 8"),
         ((3, -1, 1, 1), "needs a multiple of 3 devices, there are 8"),
         ((1, -1, -1, 1), "one may be -1"),
         ((0, 8, 1, 1), "each size must be at least 1"),

@@ -22,7 +22,8 @@ P = jax.P
 
 
 def _mesh(*sizes):
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 4)
+    sizes += (1,) * (len(AXES) - len(sizes))
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def _config(**changes):
@@ -56,7 +57,7 @@ def test_moments_lie_like_their_parameters():
     tree = {"opt_state": ({"mu": {"layers": {"q": jax.ShapeDtypeStruct((2, 64, 128), jnp.float32)}}},)}
     tree["count"] = jax.ShapeDtypeStruct((), jnp.int32)
     found = params.shardings(tree, _mesh(1, 4, 1, 2))
-    assert found["opt_state"][0]["mu"]["layers"]["q"].spec == P(None, ("fsdp", "seq"), "tensor")
+    assert found["opt_state"][0]["mu"]["layers"]["q"].spec == P(None, ("fsdp", "seq", "expert"), "tensor")
     assert found["count"].spec == P()
 
 
@@ -90,7 +91,7 @@ def test_any_mix_of_axes_gives_the_loss_and_gradients_of_one_device():
     done = subprocess.run([sys.executable, program], env=os.environ | fake(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert len(result["cases"]) == 7
+    assert len(result["cases"]) == 9
     for case in result["cases"]:
         assert np.isfinite(case["value"]), case
         assert case["loss"] < 1e-5, case

@@ -26,6 +26,15 @@ MODELS = {
     "tied": ModelConfig("qwen3", num_kv_heads=2, tie_word_embeddings=True, initializer_range=0.2, **SHAPE),
     "untied": ModelConfig("qwen2", num_kv_heads=4, initializer_range=0.2, **SHAPE),
 }
+MODELS["mixture"] = ModelConfig(
+    "qwen3_moe",
+    num_kv_heads=2,
+    num_experts=8,
+    experts_per_token=3,
+    expert_size=16,
+    initializer_range=0.2,
+    **SHAPE,
+)
 CASES = [
     ("tied", (2, 2, 1, 2), "same"),
     ("tied", (1, 2, 2, 2), "same"),
@@ -33,6 +42,7 @@ CASES = [
     ("untied", (1, 1, 2, 4), "same"),
     ("tied", (2, 1, 2, 2), "int8"),
     ("untied", (1, 4, 1, 2), "int8"),
+    ("mixture", (1, 2, 1, 2, 2), "same"),
 ]
 SHARED = np.random.default_rng(9).integers(0, 96, 21).tolist()
 

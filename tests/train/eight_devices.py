@@ -44,7 +44,11 @@ LOSSES = {
         importance_cap=5.0,
     ),
     "covariance": Loss(policy="kl_cov"),
+    "mixture": Loss(),
 }
+MIXTURE = dataclasses.replace(
+    MODEL, model_type="qwen3_moe", num_experts=4, experts_per_token=2, expert_size=32, remat="attention", balance=0.01
+)
 CASES = [
     ("token level", (2, 4, 1, 1), False),
     ("token level", (1, 2, 2, 2), False),
@@ -54,19 +58,21 @@ CASES = [
     ("adapters", (1, 2, 2, 2), False),
     ("adapters", (2, 2, 2, 1), False),
     ("adapters on 8 bits", (1, 2, 2, 2), False),
+    ("mixture", (2, 1, 1, 2, 2), False),
 ]
 
 
 def updated(name, mesh, offload=False):
     """Scores and the state after one update, on the host; and whether all lies where it should."""
     optimizer = make_optimizer(Optim(lr=1e-2, offload=offload), 10)
-    model = ADAPTERS.get(name, MODEL)
+    model = ADAPTERS.get(name, MIXTURE if name == "mixture" else MODEL)
     step = make_step(model, optimizer, policy_gradient(LOSSES.get(name, Loss()), width=16), chunk=16)
     score = make_score(model, chunk=16)
     batch, used = pack(examples(24), rows=8, length=24)
-    params = qwen.init(MODEL, 0)
+    base = dataclasses.replace(model, lora=None)
+    params = qwen.init(base, 0)
     if mesh is not None:
-        params = jax.device_put(params, qwen.param_shardings(MODEL, mesh))
+        params = jax.device_put(params, qwen.param_shardings(base, mesh))
     frozen = None
     if model.lora is not None:
         frozen = lora.freeze(params, model)

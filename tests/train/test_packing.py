@@ -124,7 +124,7 @@ def test_packing_follows_the_mesh():
     config = Config(packing=Packing(0, 1024, (2048,)))
     assert choose_packing(config, 1, mesh(data=2, fsdp=4)) == Packing(8, 1024, (2048,))
     config.packing = Packing(3, 1024)
-    with pytest.raises(UserError, match=r"packing\.rows=3 does not divide by mesh data x fsdp = 2"):
+    with pytest.raises(UserError, match=r"packing\.rows=3 does not divide by mesh data x fsdp x expert = 2"):
         choose_packing(config, 1, mesh(fsdp=2))
     config.packing = Packing(2, 1024, (1500,))
     with pytest.raises(UserError, match=r"packing\.length=1500 does not divide by mesh seq x tensor = 8"):
