@@ -49,7 +49,8 @@ def test_the_real_step_compiles_for_a_topology_that_is_not_here(tmp_path):
 def test_two_slices_exchange_gradients_and_nothing_else(tmp_path):
     """Data parallel between slices: each device sends its shard of every gradient once per micro-batch."""
     small = ("--config.packing.length=2048", "--config.packing.rows=0", "--config.agent.max_response=1024")
-    small += ("--config.agent.max_prompt=1024", "--config.mesh.data=2", "--config.mesh.seq=2")
+    small += ("--config.agent.max_prompt=1024", "--config.reward.overlong_buffer=512")
+    small += ("--config.mesh.data=2", "--config.mesh.seq=2")
     numbers = compiled(tmp_path / "numbers.json", *small, topology="2xv5e:2x2")
     assert numbers["mesh"]["data"] == 2
     assert not numbers["faults"]
