@@ -16,7 +16,7 @@ GIB = 2**30
 
 def mesh(platform="tpu", **sizes):
     device = types.SimpleNamespace(platform=platform)
-    shape = {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1} | sizes
+    shape = {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1} | sizes
     return types.SimpleNamespace(shape=shape, devices=types.SimpleNamespace(flat=[device]))
 
 

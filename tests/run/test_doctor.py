@@ -52,7 +52,7 @@ def test_a_mesh_that_the_devices_do_not_make_up(config):
 def test_a_mesh_with_nearly_empty_rows_names_a_better_one(config, monkeypatch):
     """256 devices without `seq`."""
     laid_out = types.SimpleNamespace(
-        shape={"data": 1, "fsdp": 256, "seq": 1, "tensor": 1},
+        shape={"data": 1, "fsdp": 256, "seq": 1, "tensor": 1, "expert": 1},
         devices=np.array([types.SimpleNamespace(platform="cpu")], object),
     )
     monkeypatch.setattr(doctor, "mesh_of", lambda config: laid_out)

@@ -98,7 +98,9 @@ def test_a_mini_batch_has_one_of_the_row_lengths_and_every_token():
 def mesh(platform="cpu", **sizes):
     """What `choose_packing` reads of a mesh."""
     devices = np.array([types.SimpleNamespace(platform=platform)], object)
-    return types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "seq": 1, "tensor": 1} | sizes, devices=devices)
+    return types.SimpleNamespace(
+        shape={"data": 1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1} | sizes, devices=devices
+    )
 
 
 @pytest.mark.parametrize(
