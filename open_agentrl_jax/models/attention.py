@@ -134,6 +134,13 @@ def roomy() -> bool:
     return jax.devices()[0].compute_capability in _ROOMY
 
 
+def ampere() -> bool:
+    """Whether the GPU has bfloat16 products, compute capability 8.0 or more."""
+    if jax.default_backend() != "gpu":
+        return True  # one that is not here, see `roomy`
+    return float(jax.devices()[0].compute_capability) >= 8.0
+
+
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where) -> jax.Array:
     """The formula as it is written, [t, s] scores and all: the reference of the tests."""
     b, t, h, D = q.shape

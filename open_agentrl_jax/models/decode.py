@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from open_agentrl_jax.models.attention import ampere, platform
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.models.flash_decode import flash_decode
 from open_agentrl_jax.models.kv import Cache, by_owner, each_row, turned, write
 from open_agentrl_jax.models.linear import APART, GENERATION, Way, at_rest
 from open_agentrl_jax.models.params import SCALE
@@ -86,12 +88,15 @@ def extend(
     offsets = jnp.arange(c)
     positions = starts[:, None] + offsets
     alive = (slots < cache.k.shape[2]) & (counts > 0)
-    blocks = (jnp.max(jnp.where(alive, starts, 0)) + block - 1) // block
+    seen = jnp.where(alive, starts, 0)
+    blocks = (jnp.max(seen) + block - 1) // block
 
     of_values = "pkcgb,pkDb->pkcgD" if turned() else "pkcgb,pkbD->pkcgD"
 
     def mix(q, k, v, cache: Cache, slots, starts, layer, blocks) -> jax.Array:
         p, _, heads, size = k.shape
+        if c == 1 and _kernel_serves(size, q.dtype):
+            return flash_decode(q[:, 0], k[:, 0], v[:, 0], *cache, slots, starts, layer)[:, None]
         own = jnp.broadcast_to(jnp.arange(c)[:, None] >= jnp.arange(c), (p, c, c))
         q = q.reshape(p, c, heads, -1, size).swapaxes(1, 2)  # [p k c g D]
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [p k c D]
@@ -123,7 +128,7 @@ def extend(
         return mixed.swapaxes(1, 2).reshape(p, c, -1, size)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, Cache]:
-        return by_owner(mix, aligned=aligned)(q, k, v, cache, slots, starts, layer, blocks), Cache(k, v)
+        return by_owner(mix, aligned=aligned)(q, k, v, cache, slots, seen, layer, blocks), Cache(k, v)
 
     layers = jnp.arange(model_config.num_layers)
     way = _way(params)
@@ -191,6 +196,11 @@ def decode(params: Params, model_config: ModelConfig, cache: Cache, rows: Rows, 
     )
     i, cache, rows, tokens, logprobs, count = jax.lax.while_loop(unfinished, step, start)
     return cache, Sampled(tokens, logprobs, count, rows.left, i)
+
+
+def _kernel_serves(head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether models/flash_decode.py takes it: 16 bits, on NVIDIA GPUs from an A100 on."""
+    return platform() == "gpu" and dtype.itemsize == 2 and ampere() and head_dim in (16, 32, 64, 128, 256)
 
 
 def _way(params: Params) -> Way:

@@ -25,7 +25,7 @@ class Cache(NamedTuple):
     """Keys (turned by their position) and values in blocks of n positions, as the products of attention read them."""
 
     k: Any  # [l blocks s k D n]
-    v: Any  # [l blocks s k n D] on a CPU, elsewhere as the keys: see `turned`
+    v: Any  # [l blocks s k n D], on a TPU as the keys: see `turned`
 
 
 ROWS = P(SLOTS)  # one row a slot, where the slot is
@@ -40,7 +40,7 @@ def turned() -> bool:
 
     Where they have not, a TPU compiler (v5e, seen in the compiled program) lays all of them out anew at every step.
     """
-    return platform() != "cpu"
+    return platform() == "tpu"
 
 
 def groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

@@ -30,13 +30,13 @@ from open_agentrl_jax.models.config import RUN_TIME, ModelConfig
 from open_agentrl_jax.parallel.mesh import launching
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.rollout.slots import Prefill, Request, Slots
+from open_agentrl_jax.rollout.weights import apart, cast, copies_layers
 from open_agentrl_jax.types import Completion, Sampling, UserError
 
 # On CPUs time grows with the rows, so small batches are decoded with this many rows if a check finds the results
 # bit-equal (below 64 rows they are not). On accelerators reading the weights dominates, whatever the number of rows.
 _COMPACT = (64,)
 _PREFILL_TOKENS = {"cpu": 128}  # target size of a prefill dispatch: short chunks of several requests share one
-_MOST_COPIED = 10**9  # parameters of the largest model whose layers a CPU copies: 4 GB in float32
 _GATHER_SECONDS = 0.001  # an idle engine waits this long for more requests of a burst
 
 _compilations: collections.Counter[int | None] = collections.Counter()  # by thread
@@ -105,11 +105,7 @@ class LocalEngine:
         self._chunks = [chunks[0], *(c for c in chunks[1:] if 2 * c <= max_length)]
         self._sizes = [slots]  # of decode batches
         self._expected = qwen.abstract_params(self.config)
-        # If a step mostly moves weights, a CPU is faster with a copy of unstacked layers. Accelerators share the
-        # trainer's arrays.
-        cpu = jax.default_backend() == "cpu" and self._mesh is None
-        small = sum(x.size for x in jax.tree.leaves(self._expected)) <= _MOST_COPIED
-        self._apart = cpu and small and 2 * slots < model_config.hidden_size
+        self._apart = self._mesh is None and copies_layers(params, self.config, slots)
         self._counters: collections.Counter[str] = collections.Counter()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._device, self._shardings = here, jax.tree.map(lambda _: here, self._expected)
@@ -172,8 +168,8 @@ class LocalEngine:
         """Samples from `params` from the next dispatch on; the previous ones are unused when it returns.
 
         Arrays with the engine's dtype and sharding are shared, not copied: do not donate them while anything generates.
-        On a CPU with few slots the layers are copied. Requests in flight and later turns of sessions keep their cache;
-        each token carries its version.
+        The layers are copied where rollout/weights.py says so. Requests in flight and later turns of sessions keep
+        their cache; each token carries its version.
 
         Raises:
           ValueError: not the parameters of this model.
@@ -323,8 +319,7 @@ class LocalEngine:
             placed = jax.tree.map(jax.device_put, params, self._shardings)
             if self._weights == "int8":
                 placed = int8.quantize(placed)
-            placed = jax.tree.map(lambda x: x if x.dtype == np.int8 else x.astype(dtype), placed)
-            self._params = qwen.apart(placed) if self._apart else placed
+            self._params = (apart if self._apart else cast)(placed, dtype)
         self._version = version
         self._books.forget_prompts()
 

@@ -1,12 +1,17 @@
 import functools
+import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from open_agentrl_jax.models import decode, kv, qwen
+from open_agentrl_jax.models import attention, decode, flash_decode, kv, qwen
 from open_agentrl_jax.models.config import ModelConfig
+from open_agentrl_jax.planning import topologies
+from open_agentrl_jax.planning.shapes import SHAPES
+from open_agentrl_jax.rollout import weights
 
 # A wide initialisation: the log-probs must differ from token to token by far more than the tolerance.
 QWEN3 = ModelConfig("qwen3", 97, 48, 64, 2, 4, 2, 16, rope_theta=1e4, tie_word_embeddings=True, initializer_range=0.2)
@@ -106,6 +111,37 @@ def test_the_cache_of_an_accelerator_holds_and_gives_the_same(monkeypatch):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+def test_decoding_through_the_gpu_kernel_gives_the_same(monkeypatch):
+    prompts = [np.random.default_rng(1).integers(0, 97, n) for n in (70, 31, 2, 1)]
+    rows = rows_of([p[-1] for p in prompts], [*(len(p) - 1 for p in prompts), 0, 0], slot=[3, 1, 2, 0, 6, 6])
+    cache, found = filled(QWEN3, prompts, slots=[3, 1, 2, 0]), []
+    for serves in (False, True):
+        monkeypatch.setattr(decode, "_kernel_serves", lambda *_, serves=serves: serves)
+        monkeypatch.setattr(decode, "flash_decode", functools.partial(flash_decode.flash_decode, interpret=True))
+        step = jax.jit(decode.decode.__wrapped__, static_argnames=("model_config", "steps"))
+        after, out = step(params_of(QWEN3), QWEN3, cache, rows, steps=8)
+        found.append((*after, out.tokens[:, :4], out.logprobs[:, :4]))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize(("h", "K", "n"), [(8, 2, 32), (7, 1, 256)])
+def test_the_gpu_kernel_reads_what_each_row_sees(h, K, n):
+    rng, D, blocks, slots = np.random.default_rng(n), 16, 3, 5
+    counts = np.array([0, 1, n, 2 * n + 5, 3 * n], np.int32)
+    slot = np.array([4, 0, 3, 1, 2], np.int32)
+    q, k, v = (jnp.asarray(rng.standard_normal((5, m, D)), jnp.float32) for m in (h, K, K))
+    keys = jnp.asarray(rng.standard_normal((2, blocks, slots, K, D, n)), jnp.float32)
+    values = jnp.asarray(rng.standard_normal((2, blocks, slots, K, n, D)), jnp.float32)
+    got = flash_decode.flash_decode(q, k, v, keys, values, slot, counts, 1, interpret=True)
+    for r, (at, count) in enumerate(zip(slot, counts, strict=True)):
+        seen_k = jnp.concatenate([keys[1, :, at].transpose(1, 0, 3, 2).reshape(K, -1, D)[:, :count], k[r][:, None]], 1)
+        seen_v = jnp.concatenate([values[1, :, at].swapaxes(0, 1).reshape(K, -1, D)[:, :count], v[r][:, None]], 1)
+        weights = jax.nn.softmax(jnp.einsum("kgD,knD->kgn", q[r].reshape(K, -1, D), seen_k) / D**0.5)
+        expected = jnp.einsum("kgn,knD->kgD", weights, seen_v).reshape(h, D)
+        np.testing.assert_allclose(got[r], expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=lambda c: c.model_type)
 def test_layers_apart_give_what_stacked_ones_give(config):
     prompts = [np.random.default_rng(1).integers(0, 97, n) for n in (40, 31, 2)]
@@ -132,6 +168,28 @@ def test_with_layers_apart_a_step_copies_neither_a_matrix_nor_the_cache():
         text[name], held[name] = program.as_text(), program.memory_analysis().temp_size_in_bytes
     assert "f32[1,48,64]" in text["stacked"] and "f32[1,48,64]" not in text["apart"]
     assert held["apart"] < cache.k.size * 4 / 2, held
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs pip install 'jax[cuda12]'")
+def test_on_a_gpu_a_step_copies_neither_matrices_nor_cache_and_waits_for_no_loop(monkeypatch):
+    for module in (attention, decode, kv):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    here = jax.sharding.SingleDeviceSharding(topologies.devices("h100:1")[0])
+    config = ModelConfig(**SHAPES["qwen3_4b"] | {"num_layers": 2}, compute_dtype="bfloat16")
+    place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
+    params = jax.eval_shape(lambda p: weights.cast(qwen.apart(p), np.dtype("bfloat16")), qwen.abstract_params(config))
+    cache = place(jax.eval_shape(lambda: kv.init_cache(config, 16, 4096)))
+    step = jax.jit(decode.decode.__wrapped__, static_argnames=("model_config", "steps"), donate_argnames="cache")
+    rows = place(rows_of([1], 9, size=16))
+    program = step.lower(place(params), model_config=config, cache=cache, rows=rows, steps=16).compile()
+    assert program.memory_analysis().temp_size_in_bytes < config.hidden_size * config.intermediate_size * 2
+    text = program.as_text()
+    body = re.search(r"while\(.*body=(%[\w.]+)", text[text.index("ENTRY") :])
+    assert body
+    (of_step,) = (part for part in re.split(r"\n(?=%|ENTRY)", text) if part.startswith(body[1] + " "))
+    assert " while(" not in of_step
+    assert of_step.count("flash_decode") >= 2  # one per layer
 
 
 def test_greedy_takes_the_argmax():
