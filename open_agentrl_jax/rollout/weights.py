@@ -36,7 +36,12 @@ def cast(params: Any, dtype: np.dtype) -> Any:
     return jax.tree.map(lambda x: x if x.dtype == np.int8 else x.astype(dtype), params)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")  # in one program: no layer is held twice
 def apart(params: Any, dtype: np.dtype) -> Any:
-    """Parameters in `dtype` with a copy of each layer, as `linear.APART` takes them."""
-    return qwen.apart(cast(params, dtype))
+    """Parameters in `dtype`, each layer a copy, as `linear.APART` takes them; the others are shared as in `cast`."""
+    rest = {name: x for name, x in params.items() if name != "layers"}
+    return cast(rest, dtype) | {"layers": _layers_apart(params["layers"], dtype)}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")  # in one program: no layer is held twice
+def _layers_apart(layers: Any, dtype: np.dtype) -> Any:
+    return qwen.apart({"layers": cast(layers, dtype)})["layers"]
