@@ -1,7 +1,7 @@
-"""The tools of an MCP server as our tools: a command that speaks the protocol over its stdin and stdout.
+"""The tools of an MCP server, a command that speaks the protocol over its stdin and stdout.
 
-The official client (the extra [mcp]) talks to it. The server is a trusted program: it runs as this process does, not in
-the sandbox. It is started once and serves all episodes side by side; one that died is started again by the next call.
+The official client (extra [mcp]) connects to it. The server is trusted: it runs with this process's rights, not in the
+sandbox. It is started once and serves all episodes concurrently; the next call restarts a server that died.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from open_agentrl_jax.agent.environment import ToolResult
 from open_agentrl_jax.sandbox.background import Background
 from open_agentrl_jax.types import ToolCall, UserError
 
-START_SECONDS = 60.0  # until a server has told its tools: it may have to be installed first (npx, uvx)
+START_SECONDS = 60.0  # until a server has listed its tools: npx or uvx may have to install it first
 
 
 class Server(Background):
-    """A running server and the client of it, in an event loop of their own: calls may come from any loop."""
+    """A running server and its client, in an event loop of their own: calls may come from any loop."""
 
     def __init__(self, command: str, deadline: float):
         super().__init__()
@@ -32,17 +32,17 @@ class Server(Background):
         self._client: Any = None
 
     async def tools(self) -> list[Any]:
-        """What the server offers, as the protocol tells it."""
-        client, told, cursor = await self._connected(), [], None
+        """The server's tools, as protocol objects."""
+        client, tools, cursor = await self._connected(), [], None
         while True:
             page = await client.list_tools(cursor=cursor)
-            told += page.tools
+            tools += page.tools
             cursor = page.next_cursor
             if not cursor:
-                return told
+                return tools
 
     async def call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
-        """One call, to its end or to the deadline."""
+        """Makes one call and waits for its result or the deadline."""
         import mcp  # pyright: ignore[reportMissingImports]
         from mcp.types import (  # pyright: ignore[reportMissingImports]
             CONNECTION_CLOSED,
@@ -56,13 +56,13 @@ class Server(Background):
         except mcp.MCPError as error:
             if error.code == CONNECTION_CLOSED:
                 self._abandon()
-            # Arguments that are not of the schema are the model's doing; all else that goes wrong is not.
+            # Arguments that violate the schema are the model's mistake; every other failure is not.
             status = "error" if error.code in (INVALID_PARAMS, METHOD_NOT_FOUND) else "infrastructure"
             return ToolResult(f"Error: {error.message}", status)
-        except Exception as error:  # the many ways of a pipe, a process and a parser to fail
+        except Exception as error:  # pipes, processes and parsers raise many types
             self._abandon()
             return ToolResult(f"Error: {error}", "infrastructure")
-        return told_result(result)
+        return as_result(result)
 
     async def _connected(self) -> Any:
         async with self._starting:
@@ -77,7 +77,7 @@ class Server(Background):
             return self._client
 
     async def _hold(self, ready: asyncio.Future[Any]) -> None:
-        """Keeps the connection open until it is cancelled: it must be closed by the task that opened it."""
+        """Keeps the connection open until cancelled: the task that opened it must close it."""
         from mcp import Client, StdioServerParameters, stdio_client  # pyright: ignore[reportMissingImports]
 
         try:
@@ -87,7 +87,7 @@ class Server(Background):
                 ready.set_result(client)
                 await asyncio.Event().wait()
         except Exception as error:
-            if not ready.done():  # later a call tells it
+            if not ready.done():  # afterwards the next call reports it
                 ready.set_exception(error)
 
     def _abandon(self) -> None:
@@ -100,15 +100,15 @@ class MCPTool:
     """One tool of a server.
 
     Args:
-        server: which answers the calls.
-        told: the tool as the protocol tells it: name, description, input_schema.
+        server: executes the calls.
+        tool: the protocol's description: name, description, input_schema.
     """
 
-    def __init__(self, server: Server, told: Any):
-        self.server, self.name, self.schema = server, str(told.name), schema_of(told)
+    def __init__(self, server: Server, tool: Any):
+        self.server, self.name, self.schema = server, str(tool.name), schema_of(tool)
 
     async def __call__(self, call: ToolCall, *, session: str = "") -> ToolResult:
-        """Asks the server; its own `isError` is "error", whatever fails on the way "infrastructure"."""
+        """Calls the tool; `isError` becomes "error", any failure on the way "infrastructure"."""
         if call.error:
             return ToolResult(f"Error: {call.error}", "error")
         began = time.monotonic()
@@ -117,26 +117,26 @@ class MCPTool:
         return result
 
     async def close(self) -> None:
-        """Ends the server, and with it its other tools; a second time does nothing."""
+        """Stops the server and with it its other tools; idempotent."""
         await self.server.close()
 
     def stop(self) -> None:
-        """`close` for callers without a loop."""
+        """`close` for callers without an event loop."""
         self.server.stop()
 
 
 def open_server(command: str, *, deadline: float = 60.0) -> list[MCPTool]:
-    """Starts a server and asks it for its tools.
+    """Starts a server and lists its tools.
 
     Args:
         command: the program and its arguments, as in a shell; it inherits the environment.
-        deadline: seconds of one call.
+        deadline: seconds per call.
 
     Returns:
         The tools, in the server's order. Closing one of them ends the server.
 
     Raises:
-        UserError: the client is not installed, the server does not start, or has no tool.
+        UserError: the client is not installed, or the server does not start or has no tools.
     """
     try:
         import mcp  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -146,24 +146,24 @@ def open_server(command: str, *, deadline: float = 60.0) -> list[MCPTool]:
         ) from None
     server = Server(command, deadline)
     try:
-        told = server.wait(asyncio.wait_for(server.tools(), START_SECONDS))
-        if not told:
+        tools = server.wait(asyncio.wait_for(server.tools(), START_SECONDS))
+        if not tools:
             raise ValueError("it offers no tool")
-        return [MCPTool(server, tool) for tool in told]
+        return [MCPTool(server, tool) for tool in tools]
     except Exception as error:
         server.stop()
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"agent.tools=mcp:{command}: {text}; see that the command starts by hand") from error
 
 
-def schema_of(told: Any, name: str = "") -> dict[str, Any]:
-    """A tool as the protocol tells it, in the form of chat templates; `name` in place of its own."""
-    function = {"name": name or told.name, "description": told.description or "", "parameters": told.input_schema}
+def schema_of(tool: Any, name: str = "") -> dict[str, Any]:
+    """The schema of a protocol tool as chat templates take it; `name` replaces its own."""
+    function = {"name": name or tool.name, "description": tool.description or "", "parameters": tool.input_schema}
     return {"type": "function", "function": function}
 
 
-def told_result(result: Any) -> ToolResult:
-    """A protocol's CallToolResult as text and status."""
+def as_result(result: Any) -> ToolResult:
+    """A CallToolResult of the protocol as text and status."""
     text = "\n".join(_text(block) for block in result.content)
     if not result.content and result.structured_content is not None:
         text = json.dumps(result.structured_content, ensure_ascii=False)
@@ -171,7 +171,7 @@ def told_result(result: Any) -> ToolResult:
 
 
 def _text(block: Any) -> str:
-    """A content block as text: the model reads nothing else."""
+    """A content block as text, the only form that the model reads."""
     if (text := getattr(block, "text", None)) is None:
         text = getattr(getattr(block, "resource", None), "text", None)
     return text if text is not None else f"[{block.type}: not shown]"

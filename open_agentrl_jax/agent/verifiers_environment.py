@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from open_agentrl_jax.agent.environment import Reward, Step, Tool, ToolEnvironment, ToolResult, ungraded
-from open_agentrl_jax.agent.mcp_tool import schema_of, told_result
+from open_agentrl_jax.agent.mcp_tool import as_result, schema_of
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.types import Message, Task, ToolCall, UserError
 
@@ -213,7 +213,7 @@ class _Function:
     async def __call__(self, call: ToolCall, *, session: str = "") -> ToolResult:
         began = time.monotonic()
         try:
-            result = told_result(await self._server.call_tool(self._theirs, call.arguments))
+            result = as_result(await self._server.call_tool(self._theirs, call.arguments))
         except Exception as error:  # what a tool raises its server tells the model, and so do we
             result = ToolResult(f"Error: {error}", "error")
         result.seconds = time.monotonic() - began

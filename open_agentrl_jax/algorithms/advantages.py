@@ -13,16 +13,16 @@ def group_relative(
     eps: float = 1e-6,
     valid: Bool[np.ndarray, "g n"] | None = None,
 ) -> Float[np.ndarray, "g n"]:
-    """How much better than its group each sample is.
+    """Advantage of each sample over its group.
 
-    A = (r - mean) / (std + eps) with the unbiased std, or r - mean. An equal group, and a group of one, gives exactly
-    0: the residue of a rounded mean is not a signal.
+    A = (r - mean) / (std + eps) with the unbiased std, or r - mean. A group with equal rewards, or of one sample, gets
+    exactly 0: the rounding error of a mean is not a signal.
 
     Args:
-        rewards: one row a problem.
-        normalize_std: False leaves the std out (Dr.GRPO).
+        rewards: one row per problem.
+        normalize_std: False omits the division by the std (Dr.GRPO).
         eps: keeps the division finite.
-        valid: False for samples the infrastructure lost; they have no part in mean and std and get 0.
+        valid: False for samples lost to the infrastructure; they do not enter mean and std, and get 0.
     """
     rewards = np.asarray(rewards, np.float64)
     valid = np.ones(rewards.shape, bool) if valid is None else np.asarray(valid, bool)

@@ -9,16 +9,16 @@ from jaxtyping import Array, Float
 def update_coefficient(
     coefficient: Float[Array, ""], entropy: Float[Array, ""], target: float, *, rate: float = 1e-3, most: float = 0.05
 ) -> Float[Array, ""]:
-    """Moves the coefficient so that the policy's entropy is held at `target` from below.
+    """Updates the coefficient so that the policy's entropy does not fall below `target`.
 
-    An integral controller: below the target the coefficient grows by `rate` times the missing nats, above it shrinks;
-    it stays within [0, most], so that an entropy above the target costs nothing.
+    An integral controller: the coefficient grows by `rate` per nat below the target and shrinks above it. It stays
+    within [0, most], so that an entropy above the target is not penalized.
 
     Args:
-        coefficient: of the entropy term in the loss of this step.
-        entropy: measured over the tokens of this step, nats.
-        target: nats.
-        rate: coefficient a missing nat and step.
+        coefficient: of the entropy term in this step's loss.
+        entropy: mean over this step's tokens, in nats.
+        target: in nats.
+        rate: change per nat and step.
         most: upper bound.
     """
     return jnp.clip(coefficient + rate * (target - entropy), 0.0, most)

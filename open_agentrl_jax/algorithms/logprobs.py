@@ -1,4 +1,4 @@
-"""Log-probs and entropy of the next token without ever holding [b t v] logits for more than one chunk of tokens."""
+"""Log-probs and entropy of the next token, with the logits of one chunk of tokens in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def token_logprobs(
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """The log-prob of each target and the entropy of its distribution, in nats.
 
-    The sequence is taken in slices of `chunk` tokens a device, and each slice's logits are computed again in the
-    backward pass: memory is chunk x v instead of b x t x v. Logits, sums and the head's gradient are fp32 whatever the
-    dtype of `hidden`. The chosen logit is a masked sum, which also works where the vocabulary is sharded. Where it is
-    over an axis that splits the sequence, the devices of that axis take slices together, each its part of the logits.
+    The sequence is processed in slices of `chunk` tokens per device, and the backward pass recomputes each slice's
+    logits: memory is chunk x v instead of b x t x v. Logits, sums and the head's gradient are fp32 for any dtype of
+    `hidden`. A masked sum selects the target's logit, which also works with a sharded vocabulary. If the vocabulary is
+    split over an axis that splits the sequence, the devices of that axis process slices together, each with its part
+    of the logits.
 
     Args:
-        hidden: after the final norm.
-        unembedding: the head.
-        targets: the token whose log-prob is wanted at each place.
-        temperature: logits are divided by it.
-        chunk: tokens a slice and device.
+        hidden: hidden states after the final norm.
+        unembedding: the output matrix.
+        targets: the token at each position whose log-prob is returned.
+        temperature: divides the logits.
+        chunk: tokens per slice and device.
     """
     b, t, _ = hidden.shape
     rows, parts = _layout(hidden)
@@ -64,8 +65,8 @@ def token_logprobs(
         chosen = jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], logp, 0).sum(-1)
         return constrain(chosen, where), constrain(-(jnp.exp(logp) * logp).sum(-1), where)
 
-    # The head is a constant of the scan: its gradient adds up across slices in its own dtype (fp32), and nothing of its
-    # size is saved a slice, as would be the case for a carry.
+    # The head is a constant of the scan: its gradient is summed over slices in its own dtype (fp32). A carry would be
+    # saved once per slice.
     def step(_, inputs):
         return None, one_slice(unembedding, *inputs)
 
@@ -75,16 +76,16 @@ def token_logprobs(
 
 
 def _leading(x: Array, axes: int) -> jax.sharding.PartitionSpec | None:
-    """The spec of an array whose leading axes lie as those of `x` and whose others are whole; None without a mesh."""
+    """The spec of an array with the leading axes sharded as those of `x` and the others whole; None without a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:axes])
 
 
 def _seen_by_all(x: Array, head: Array) -> Array:
-    """[parts b ...], the parts gathered over the axes that split the head's vocabulary.
+    """Gathers the parts of x [parts b ...] over the axes that split the head's vocabulary.
 
-    A gradient of such an `x` is a part of a sum on each device: `reduced=` has it scattered, not summed everywhere.
-    TPU compilers do so along a leading axis only, which is why the parts are there.
+    Each device holds a partial sum of the gradient of such an `x`: `reduced=` makes it a reduce-scatter, not an
+    all-reduce. TPU compilers scatter along a leading axis only, hence the leading axis of parts.
     """
     here, split = jax.typeof(x).sharding, names(jax.typeof(head).sharding.spec.partitions[1])
     if here.mesh.empty:
@@ -96,7 +97,7 @@ def _seen_by_all(x: Array, head: Array) -> Array:
 
 
 def _layout(x: Array) -> tuple[int, int]:
-    """Rows of the leading axis that one device holds, and parts that the second is split into (explicit sharding)."""
+    """Rows of the leading axis per device, and the number of parts of the second axis (explicit sharding)."""
     sharding = jax.typeof(x).sharding
     rows, parts = (math.prod(sharding.mesh.shape[n] for n in names(axis)) for axis in (*sharding.spec, None, None)[:2])
     return max(1, x.shape[0] // rows), parts

@@ -1,7 +1,7 @@
-"""Evaluation sets by name: where they lie on the Hub, how their rows read, and which of them belong.
+"""Evaluation sets by name: their place on the Hub, their row format, and which rows belong to them.
 
-`aime_2024` is fetched from the Hub; `aime_2024=FILE` reads a local copy in its place, under the same name and template.
-Any other path is a file, a folder or a Hub id, as in data.prompts.read_tasks.
+`aime_2024` is downloaded from the Hub; `aime_2024=FILE` reads a local copy under the same name and template. Any other
+path is a file, a folder or a Hub id, as in data.prompts.read_tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from open_agentrl_jax.types import Task, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One evaluation set. `keep` chooses of the tasks read."""
+    """One evaluation set; `keep` selects tasks."""
 
     path: str
     format: str = "auto"
@@ -23,7 +23,7 @@ class Benchmark:
 
 
 def _between(first: str, last: str) -> Callable[[Task], bool]:
-    """By month of the contest; a row that tells no date comes from a file that was cut to the slice already."""
+    """Selects by month of the contest; a row without a date comes from a file that contains only the slice."""
     return lambda task: first <= str(task.extra.get("contest_date") or first)[:7] <= last
 
 
@@ -43,7 +43,7 @@ BENCHMARKS = {
 
 
 def place_of(path: str) -> str:
-    """Where the files of a named set, of `name=path`, or of a path lie."""
+    """The path of a named set, of `name=path`, or of a path."""
     name, _, place = path.partition("=")
     return place or BENCHMARKS[name].path if name in BENCHMARKS else path
 
@@ -53,11 +53,11 @@ def read_problems(path: str, *, format: str | Reader = "auto", tools: bool = Tru
 
     Args:
         path: a name of BENCHMARKS, `name=path`, or what read_tasks takes.
-        format: as in read_tasks; a named set brings its own, which `auto` leaves to it.
+        format: as in read_tasks; `auto` uses a named set's own format.
         tools, check: as in read_tasks.
 
     Raises:
-        UserError: as read_tasks; or a set of which no row belongs.
+        UserError: no row belongs to the named set; also the errors of read_tasks.
     """
     name = path.partition("=")[0]
     if name not in BENCHMARKS:

@@ -1,4 +1,4 @@
-"""An endless, random-access stream of tasks: position -> task, so a loader's exact state is one integer."""
+"""An endless, random-access stream of tasks: a map from position to task, so the state of a loader is one integer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stream(Protocol[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Subset(Generic[T]):
-    """Some elements of a source, which are not copied."""
+    """A view of some elements of a source."""
 
     source: Source[T]
     indices: Sequence[int]
@@ -50,7 +50,7 @@ class Subset(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Generic[T]):
-    """Sources one after another, with the weights that `task_stream` mixes them by."""
+    """Concatenated sources with the weights that `task_stream` mixes them by."""
 
     sources: Sequence[Source[T]]
     weights: Sequence[float]
@@ -63,15 +63,15 @@ class Mixture(Generic[T]):
 
 
 def read_mixture(field: str, text: str, read: Callable[[str], Source[U]]) -> Mixture[U]:
-    """Reads the sources that a config field names: `a.parquet`, or several with weights, `a.parquet:3,b.jsonl:1`.
+    """Reads the sources in a config field: `a.parquet`, or several with weights, `a.parquet:3,b.jsonl:1`.
 
     Args:
         field: the field's name, for errors.
-        text: paths with commas between; without weights each element comes as often as any other.
-        read: a path -> its elements.
+        text: comma-separated paths; without weights all elements are equally frequent.
+        read: reads the elements of a path.
 
     Raises:
-        UserError: some sources have a weight and some have none, a weight is 0; or as `read`.
+        UserError: only some sources have a weight, or a weight is 0; also the errors of `read`.
     """
     found = [WEIGHTED.fullmatch(part.strip()) for part in text.split(",")]
     parts = [(match["path"], match["weight"]) for match in found if match]
@@ -91,31 +91,31 @@ def task_stream(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Stream[T]:
-    """Streams one source, or several mixed by weight, for ever.
+    """Returns an endless stream of one source, or of several mixed by weight.
 
-    Each source is shuffled anew in each of its epochs, by (seed, epoch); an epoch holds every element once. A mixture
-    takes from its sources in fixed proportion, each going round at its own pace. Process i of m sees positions i,
-    i + m, i + 2m ... of the global stream. There is no iterator to save: go on at the position where you stopped.
+    Each epoch of a source contains every element once, in an order that depends on (seed, epoch). A mixture takes
+    elements from its sources in fixed proportion, and each source has its own epochs. Process i of m sees positions i,
+    i + m, i + 2m, ... of the global stream. There is no iterator to save: continue at the position where you stopped.
 
     Args:
         tasks: a source, or with `weights` a sequence of sources.
-        seed: decides the order, together with the epoch.
-        weights: one positive number a source.
+        seed: determines the order, together with the epoch.
+        weights: one positive number per source.
         shuffle: False keeps the order of the source.
         process_index: this process.
-        process_count: all processes.
+        process_count: number of processes.
 
     Raises:
-        UserError: an empty source, or weights that do not fit.
+        UserError: a source is empty, or the weights do not match the sources.
     """
-    import grain  # imported late: it is slow to import, and graders and evaluation need none of it
+    import grain  # slow to import, and graders and evaluation do not need it
 
     sources: Sequence[Source[T]] = [tasks] if weights is None else tasks  # type: ignore[assignment]
     for i, source in enumerate(sources):
         if not len(source):
             raise UserError(f"data source {i} is empty; give a file with at least one task")
     if weights is not None and (len(weights) != len(sources) or min(weights, default=0) <= 0):
-        raise UserError(f"data weights {list(weights)} must be {len(sources)} positive numbers, one a source")
+        raise UserError(f"data weights {list(weights)} must be {len(sources)} positive numbers, one per source")
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index {process_index} must lie in [0, process_count {process_count})")
 
@@ -127,4 +127,4 @@ def task_stream(
         endless.append(dataset.repeat())
     mixed = endless[0] if weights is None else grain.MapDataset.mix(endless, weights=list(weights))
     shard = mixed[process_index::process_count] if process_count > 1 else mixed
-    return shard  # type: ignore[return-value]  (grain says T | None, because its datasets may be filtered)
+    return shard  # type: ignore[return-value]  (typed T | None, because a grain dataset may be filtered)
