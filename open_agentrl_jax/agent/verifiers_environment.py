@@ -1,13 +1,13 @@
-"""Tasks of a `verifiers` taskset under our own loop: its prompts, its toolsets, its rewards (the extra [verifiers]).
+"""Tasks of a `verifiers` taskset in this project's agent loop: prompts, toolsets and rewards (extra [verifiers]).
 
     taskset = MyTaskset(MyConfig())                                     # or verifiers' load_taskset
     write_tasks("train.parquet", problems(taskset))                     # data.train
     make = Verifiers(taskset)                                           # agent.environment="mine:make"
 
-What `verifiers` calls a harness (who talks to the model and runs its calls) is our episode loop; toolsets are called in
-this process. Its rewards and metrics read a trace, which is written here as its own interception server would. Not
-played, and refused by name: tasks in containers, hooks that stop or rewrite a conversation, toolsets that share state
-or run elsewhere. An `Env` with several agents is more than a taskset and cannot be played by one policy.
+The episode loop is what `verifiers` calls a harness; toolsets run in this process. Rewards and metrics read a trace,
+which is written here in the form of the interception server of `verifiers`. Refused by name: tasks in containers, hooks
+that stop or rewrite a conversation, and toolsets that share state or run elsewhere. An `Env` with several agents cannot
+be played by one policy.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 def problems(tasks: Iterable[Any]) -> list[Task]:
-    """The tasks of a taskset (or of a view: `taskset.take(100)`) as ours, for `data.prompts.write_tasks`.
+    """Converts the tasks of a taskset (or of a view: `taskset.take(100)`) for `data.prompts.write_tasks`.
 
     Raises:
-        UserError: a task has no prompt of its own.
+        UserError: a task has no prompt.
     """
     made = []
     for task in tasks:
         if not task.data.prompt:
-            raise UserError(f"verifiers task {task.data.idx}: has no prompt: its user begins, and there is none here")
+            raise UserError(f"verifiers task {task.data.idx}: has no prompt; simulated users are not supported")
         said = [Message("user", task.data.prompt)] if isinstance(task.data.prompt, str) else _ours(task.data.prompt)
         system = [Message("system", task.data.system_prompt)] if task.data.system_prompt else []
         name = task.data.id or task.data.name or str(task.data.idx)
@@ -47,16 +47,16 @@ def problems(tasks: Iterable[Any]) -> list[Task]:
 
 
 class Verifiers:
-    """Makes an environment an episode: what `agent.environment` names.
+    """Makes one environment per episode; `agent.environment` names an instance.
 
-    `agent.tools` are offered beside the taskset's own; `()` leaves its own alone. The reward is the sum of the task's
-    weighted rewards, `reward.grader` is not asked; accuracy is that sum, cut to 0..1.
+    The model gets the tools of `agent.tools` and those of the taskset; `()` leaves the latter only. The reward is the
+    sum of the task's weighted rewards, `reward.grader` is not used; the accuracy is that sum, clipped to 0..1.
 
     Args:
         taskset: a `verifiers.v1` Taskset.
 
     Raises:
-        UserError: a task or toolset is of a kind that is not played here.
+        UserError: a kind of task or toolset is not supported.
     """
 
     def __init__(self, taskset: Any):
@@ -71,7 +71,7 @@ class Verifiers:
         self._starting = asyncio.Lock()
         self._started = False
         with ThreadPoolExecutor(1) as pool:  # the caller may be inside a running loop
-            self._told = [
+            self._schemas = [
                 schema
                 for toolset in (*self._shared, *self._own(any_task))
                 for schema in pool.submit(asyncio.run, toolset.schemas()).result()
@@ -80,11 +80,11 @@ class Verifiers:
     def __call__(
         self, tools: Sequence[Tool], reward: Reward, *, shorten: Callable[[str], str] = str, session: str = ""
     ) -> Played:
-        """One episode's environment."""
-        return Played(self, tools, shorten, session, [*(tool.schema for tool in tools), *self._told])
+        """Makes the environment of one episode."""
+        return Played(self, tools, shorten, session, [*(tool.schema for tool in tools), *self._schemas])
 
     async def toolsets(self, task: Any) -> list[_Toolset]:
-        """Those of all tasks, set up once, and those of this task, if there is one."""
+        """The toolsets of all tasks, set up once, and those of `task`, if given."""
         async with self._starting:
             if not self._started:
                 for toolset in self._shared:
@@ -102,19 +102,21 @@ class Verifiers:
 class Played:
     """One task, from its prompt to its reward."""
 
-    def __init__(self, maker: Verifiers, tools: Sequence[Tool], shorten: Callable[[str], str], session: str, told: Any):
-        self.tools: list[dict[str, Any]] = told
+    def __init__(
+        self, maker: Verifiers, tools: Sequence[Tool], shorten: Callable[[str], str], session: str, schemas: Any
+    ):
+        self.tools: list[dict[str, Any]] = schemas
         self._maker, self._given, self._shorten, self._session = maker, tools, shorten, session
         self._runtime: Any = None
 
     async def reset(self, task: Task) -> list[Message]:
-        """The problem's messages, once the task's own setup is done; a chat, which has no answer, has no task either.
+        """Runs the task's setup and returns the problem's messages; a chat, which has no answer, has no task.
 
         Raises:
-            UserError: the taskset has no such task.
+            UserError: the task is not in the taskset.
         """
         if task.answer is not None and task.answer not in self._maker.tasks:
-            raise UserError(f"problem {task.id}: is none of the taskset's; make data.train with `problems` of the same")
+            raise UserError(f"problem {task.id}: is not in the taskset; write data.train with `problems`")
         chosen: Any = None if task.answer is None else self._maker.tasks[task.answer]
         self._task: Any = chosen
         if chosen is not None:
@@ -129,19 +131,19 @@ class Played:
     async def _begin(self, chosen: Any) -> None:
         """Trace, folder and setup of a task."""
         vf = _verifiers()
-        told = vf.TraceTask(type=type(chosen).__name__, data=chosen.data, key=chosen.key, hash=chosen.hash)
+        traced = vf.TraceTask(type=type(chosen).__name__, data=chosen.data, key=chosen.key, hash=chosen.hash)
         agent = vf.AgentInfo(config=vf.AgentConfig(model="policy", runtime=vf.SubprocessConfig()))
         state = _verifiers("state").state_cls(type(chosen))()
-        self._trace = vf.Trace(task=told, state=state, agent=agent)
+        self._trace = vf.Trace(task=traced, state=state, agent=agent)
         self._runtime = _verifiers("runtimes").make_runtime(vf.SubprocessConfig(), name=self._trace.id)
         await self._runtime.start()
         try:
             await _invoke(chosen.setup, trace=self._trace, runtime=self._runtime)
-        except Exception as error:  # a hook is somebody's code, and its failure is not the model's
+        except Exception as error:  # a hook is user code, and its failure is not the model's
             raise EngineError(f"verifiers task {chosen.data.idx}: setup: {error}") from error
 
     async def step(self, message: Message) -> Step:
-        """Runs the calls of `message`, or scores the episode where it has none."""
+        """Runs the calls of `message`, or scores the episode if there are none."""
         if self._task is None:
             return await self._inner.step(message)
         ids = self._record(message)
@@ -153,7 +155,7 @@ class Played:
         try:
             await _invoke(self._task.finalize, trace=self._trace, runtime=self._runtime)
             await self._task.score(self._trace, self._runtime)
-        except Exception as error:  # as above: a judge that is away, a reward that breaks
+        except Exception as error:  # an unreachable judge, a reward that raises
             logger.warning("verifiers task %s: not scored: %s", self._task.data.idx, " ".join(str(error).split())[:300])
             return Step([], done=True, failed=True)
         reward = float(self._trace.reward)
@@ -193,35 +195,35 @@ class _Toolset:
         toolset.register(self._server)
 
     async def tools(self) -> list[_Function]:
-        return [_Function(self._server, told, self._full(told.name)) for told in await self._server.list_tools()]
+        return [_Function(self._server, tool, self._full(tool.name)) for tool in await self._server.list_tools()]
 
     async def schemas(self) -> list[dict[str, Any]]:
         return [tool.schema for tool in await self.tools()]
 
     def _full(self, name: str) -> str:
-        """The name that the model sees: a harness of `verifiers` puts the server's name before it."""
+        """The name that the model sees: `verifiers` prefixes it with the server's name."""
         return f"{self.toolset.server_name}_{name}" if self.toolset.server_name else name
 
 
 class _Function:
-    """One tool of a toolset, as ours."""
+    """One tool of a toolset, as a `Tool`."""
 
-    def __init__(self, server: Any, told: Any, name: str):
-        self.name, self.schema = name, schema_of(told, name)
-        self._server, self._theirs = server, told.name
+    def __init__(self, server: Any, tool: Any, name: str):
+        self.name, self.schema = name, schema_of(tool, name)
+        self._server, self._theirs = server, tool.name
 
     async def __call__(self, call: ToolCall, *, session: str = "") -> ToolResult:
         began = time.monotonic()
         try:
             result = as_result(await self._server.call_tool(self._theirs, call.arguments))
-        except Exception as error:  # what a tool raises its server tells the model, and so do we
+        except Exception as error:  # the model reads the error, as with the servers of `verifiers`
             result = ToolResult(f"Error: {error}", "error")
         result.seconds = time.monotonic() - began
         return result
 
 
 def _verifiers(module: str = "") -> Any:
-    """A module of `verifiers`, which is imported only where it is played."""
+    """Imports a module of `verifiers`, an optional dependency."""
     try:
         return importlib.import_module(f"verifiers.v1.{module}".rstrip("."))
     except ImportError as error:
@@ -231,9 +233,9 @@ def _verifiers(module: str = "") -> Any:
 def _refuse(task: Any) -> None:
     kind = type(task).__name__
     if task.NEEDS_CONTAINER or task.data.image:
-        raise UserError(f"verifiers task {kind}: needs a container; play it with verifiers' own harness")
+        raise UserError(f"verifiers task {kind}: needs a container; use verifiers' own harness")
     if task.hooks("stop") or _verifiers("utils.decorators").discover_decorated(task, "intercept"):
-        raise UserError(f"verifiers task {kind}: stops or rewrites conversations (@stop, @intercept), as none is here")
+        raise UserError(f"verifiers task {kind}: stops or rewrites conversations (@stop, @intercept); not supported")
 
 
 async def _invoke(hook: Callable[..., Any], **given: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a jsonl, json or parquet file, each with its number; bad ones are named, skipped and counted."""
+"""Numbered rows of JSONL, JSON and Parquet files; bad rows are reported, skipped and counted."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from open_agentrl_jax.types import UserError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUFFIXES = (".jsonl", ".json", ".parquet")
-MAX_BAD = 0.01  # share of bad rows; one bad row is allowed even in a file of fewer than a hundred
+MAX_BAD = 0.01  # fraction of bad rows; one bad row is always allowed
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?(?::[\w./*?-]+)?")
 
 
 class BadRow(ValueError):
-    """Why one row cannot be used; the reader adds file and number."""
+    """The reason why a row cannot be used; the reader adds file and number."""
 
 
 class Table(list[T], Generic[T]):
-    """What was read; `skipped` names each row that was not, as "file row N: reason"."""
+    """The items read; `skipped` lists the others as "file row N: reason"."""
 
     def __init__(self, items: Iterable[T] = (), skipped: Iterable[str] = ()):
         super().__init__(items)
@@ -44,12 +44,12 @@ def read_table(path: str | os.PathLike[str], convert: Callable[[dict[str, Any], 
 
     Args:
         path: a file, a folder of files (read in the order of their names), or a Hub data set
-            "owner/name[@revision][:pattern]" (of its files only those that fit, e.g. openai/gsm8k:main/test-*).
-        convert: (row, file, number) -> item; it raises BadRow for a row it cannot use. Rows count from 1.
+            "owner/name[@revision][:pattern]", where the pattern selects files, e.g. openai/gsm8k:main/test-*.
+        convert: (row, file, number) -> item; raises BadRow for an unusable row. Numbers start at 1.
 
     Raises:
-        UserError: nothing there, a file that is damaged or of another kind, no usable row, or more than 1 % bad rows
-            (a single bad row is always allowed).
+        UserError: there is nothing at `path`, a file is damaged or of another kind, no row is usable, or more than 1 %
+            of the rows are bad (a single bad row is always allowed).
     """
     table, total = Table[T](), 0
     for file in resolve(path):
@@ -69,13 +69,13 @@ def read_table(path: str | os.PathLike[str], convert: Callable[[dict[str, Any], 
 
 
 def refuse_many_bad(name: str, skipped: list[str], total: int, cure: str = "fix or drop them") -> None:
-    """Logs the rows that were skipped.
+    """Logs skipped rows.
 
     Args:
-        name: of the data set.
-        skipped: each bad row with its reason.
-        total: rows read, the bad ones included.
-        cure: ends the message of the error.
+        name: name of the data set.
+        skipped: the bad rows with their reasons.
+        total: number of rows, including bad ones.
+        cure: end of the error message.
 
     Raises:
         UserError: more than 1 % of the rows are bad, and more than one.
@@ -90,7 +90,7 @@ def refuse_many_bad(name: str, skipped: list[str], total: int, cure: str = "fix 
 
 
 def resolve(path: str | os.PathLike[str]) -> list[Path]:
-    """The files behind a path or a Hub id. Raises UserError where there are none."""
+    """The files of a path or a Hub id. Raises UserError if there are none."""
     place, pattern = Path(path).expanduser(), "*"
     if place.is_file():
         if place.suffix not in SUFFIXES:
@@ -138,11 +138,11 @@ def _download(name: str, pattern: str) -> Path:
 
 
 def iterate(file: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(number, row) of one file, numbers from 1; a row that cannot be parsed comes as a BadRow."""
+    """Yields (number, row) of a file, numbers from 1; a row that cannot be parsed is a BadRow."""
     if file.suffix == ".parquet":
         yield from _parquet(file)
         return
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # a byte order mark is no part of the text
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # skips a byte order mark
         if file.suffix == ".json":
             try:
                 items = json.load(lines)
@@ -180,24 +180,24 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:  # ValueError: text that is no UTF-8
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:  # ValueError: text that is not UTF-8
         raise UserError(
             f"parquet file {file} cannot be read ({str(e).splitlines()[0]}); it may be truncated: fetch it again"
         ) from e
 
 
 def decode(value: Any) -> Any:
-    """A JSON-string column as what it holds; anything else, and text that is no JSON object or list, as it is."""
+    """Parses a column that contains a JSON object or list as text; returns anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(value, strict=False)  # writers of arguments leave raw line breaks in code
+            return json.loads(value, strict=False)  # arguments often contain raw line breaks in code
         except (ValueError, RecursionError):
             return value
     return value
 
 
 def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
-    """Writes all rows, or nothing: the file appears whole under its name."""
+    """Writes all rows atomically."""
     if not rows:
         raise UserError(f"nothing to write to {path}: no row was kept")
     target = Path(path)

@@ -1,9 +1,9 @@
-"""Generated word problems, a tokenizer trained on them, and imperfect demonstrations: the quickstart's whole world.
+"""Generated word problems, a tokenizer trained on them, and imperfect demonstrations: the quickstart's data.
 
-A problem is two two-digit numbers and an operation told as a story. Whether a pair of numbers with its operation is
-held out is decided by a hash of the three, so evaluation never meets a problem of training. The demonstrations are a
-deliberately bad teacher: some use the tool rightly, others pick the wrong operation, write code that does not parse,
-or guess without the tool. RL has to find out which of these habits pays.
+A problem is a story with two two-digit numbers and an operation. A hash of the three decides whether the problem is
+held out, so evaluation never contains a training problem. The demonstrations are deliberately imperfect: some use the
+tool correctly, others choose the wrong operation, write code that does not parse, or guess without the tool. RL has to
+discover which of these habits pays.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ NAMES = ("Ada", "Ben", "Cleo", "Dev", "Eva", "Finn")
 THINGS = ("apples", "shells", "cards", "coins", "beads", "pens")
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
-# Shares of the demonstrations; what they teach is told in the module's docstring.
+# Fractions of the demonstrations, see the module's docstring.
 HABITS = {"right": 0.30, "wrong_operation": 0.30, "guess": 0.25, "bad_syntax": 0.15}
-HELD_OUT = 8  # one in so many
-LIMIT = 1000  # results have at most three digits: copying longer ones is what a tiny model learns last
+HELD_OUT = 8  # one problem in eight
+LIMIT = 1000  # results have at most three digits: a tiny model learns to copy longer ones last
 TRAIN_PROBLEMS, EVAL_PROBLEMS, DEMONSTRATIONS = 4096, 256, 1536
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# ChatML as the Qwen models use it; the tools are named by their signature alone, which is all that fits a tiny model.
+# ChatML as in the Qwen models; a tool is listed by its signature only, because a tiny model has a short context.
 CHAT_TEMPLATE = """\
 {%- if tools %}
 {{- '<|im_start|>system\\n' }}
@@ -79,12 +79,12 @@ CHAT_TEMPLATE = """\
 
 
 def held_out(a: int, operation: str, b: int) -> bool:
-    """Whether this problem belongs to evaluation; the same on every machine and for every seed."""
+    """Whether this problem is held out for evaluation, on every machine and for every seed."""
     return hashlib.sha256(f"{a}{operation}{b}".encode()).digest()[0] % HELD_OUT == 0
 
 
 def problem(rng: random.Random, *, evaluation: bool) -> Task:
-    """One word problem of the wanted side of the split."""
+    """One word problem of the training or evaluation split."""
     while True:
         operation = rng.choice(list(STORIES))
         a, b = rng.randint(10, 99), rng.randint(10, 39)
@@ -108,7 +108,7 @@ def problem(rng: random.Random, *, evaluation: bool) -> Task:
 
 
 def problems(seed: int, count: int, *, evaluation: bool = False) -> list[Task]:
-    """`count` different problems."""
+    """`count` distinct problems."""
     rng = random.Random(f"{seed}:{evaluation}")
     found: dict[str, Task] = {}
     while len(found) < count:
@@ -118,13 +118,12 @@ def problems(seed: int, count: int, *, evaluation: bool = False) -> list[Task]:
 
 
 async def demonstrations(seed: int, count: int, run_tool: Callable[[ToolCall], Awaitable[str]]) -> list[list[Message]]:
-    """`count` conversations in the shares of HABITS, about problems of the training side; every tool output is a real
-    one.
+    """Generates conversations about training problems, with the fractions of HABITS and real tool outputs.
 
     Args:
-        seed: decides everything but the outputs.
-        count: of conversations.
-        run_tool: runs a call and returns the text that the model will see.
+        seed: determines everything but the outputs.
+        count: number of conversations.
+        run_tool: runs a call and returns the text that the model sees.
     """
     rng = random.Random(f"{seed}:demonstrations")
 
@@ -140,7 +139,7 @@ async def _demonstrate(
     rng: random.Random, task: Task, habit: str, run_tool: Callable[[ToolCall], Awaitable[str]]
 ) -> list[Message]:
     a, b, operation = task.extra["a"], task.extra["b"], task.extra["operation"]
-    wrong = str(a)  # who has no result repeats a number of the story, which is never the answer
+    wrong = str(a)  # without a result the answer is a number of the story, which is always wrong
     if habit == "guess":
         return [*task.messages, Message("assistant", _answer(wrong))]
     if habit == "wrong_operation":
@@ -162,11 +161,11 @@ def _answer(value: str) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> Any:
-    """A byte-level BPE tokenizer with the special tokens of Qwen and the template above; digits stand alone.
+    """Trains a byte-level BPE tokenizer with Qwen's special tokens and the template above; each digit is a token.
 
     Args:
-        texts: what to learn merges from, without special tokens.
-        vocab_size: upper bound, specials included.
+        texts: training texts, without special tokens.
+        vocab_size: upper bound, including special tokens.
 
     Returns:
         A `transformers` tokenizer.
@@ -206,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> Any:
 
 
 def corpus(seed: int, count: int = 2000) -> list[str]:
-    """Texts of the quickstart's world for the tokenizer; tool outputs are left out, digits are single bytes anyway."""
+    """Training texts for the tokenizer; without tool outputs, whose digits are single bytes anyway."""
     rng = random.Random(f"{seed}:corpus")
     texts = []
     for _ in range(count):

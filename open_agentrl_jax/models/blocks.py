@@ -1,4 +1,4 @@
-"""Where the tokens of packed rows are, and which blocks of keys a block of queries has to look at."""
+"""Positions of the tokens in packed rows, and the blocks of keys that each block of queries needs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ FAR = 2**30  # above every segment id and position
 
 
 class Where(NamedTuple):
-    """Where the tokens of rows are: segment ids and positions, both [b t]."""
+    """Segment ids and positions of the tokens of rows, both [b t]."""
 
     segments: jax.Array
     positions: jax.Array
 
 
 def needed(at_q: Where, at_k: Where) -> jax.Array:
-    """For every block of queries [b nq r m] which blocks of keys [b nk r n] it needs, [b nq nk].
+    """Whether each block of queries [b nq r m] needs each block of keys [b nk r n], as a mask [b nq nk].
 
-    A pair is needed if the ranges of segment ids meet; where they meet in one segment only, the last of the one and the
-    first of the other, also if the latest query is not before the earliest key. Never leaves out what is needed,
-    whatever the order; in ordered rows leaves out all that is not. Negative segments are nobody's. The r rows of a
-    block share one answer.
+    A pair is needed if its ranges of segment ids overlap. If they overlap in one segment only, the last of the queries
+    and the first of the keys, the latest query must also not precede the earliest key. The mask contains every needed
+    pair for any order of tokens, and only needed pairs for ordered rows. Negative segments match nothing. The r rows of
+    a block share one result.
     """
     real_q, real_k = at_q.segments >= 0, at_k.segments >= 0
     first_q = jnp.where(real_q, at_q.segments, FAR).min(-1, keepdims=True)
@@ -39,7 +39,7 @@ def needed(at_q: Where, at_k: Where) -> jax.Array:
 
 
 def bounds(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The range [low, high) of key blocks that covers what is needed of `pairs` [... nq nk]; empty where nothing is."""
+    """The range [low, high) of key blocks that covers the needed ones of `pairs` [... nq nk]; may be empty."""
     low = jnp.argmax(pairs, axis=-1)
     high = pairs.shape[-1] - jnp.argmax(pairs[..., ::-1], axis=-1)
     return low, jnp.where(pairs.any(-1), high, low)

@@ -1,7 +1,7 @@
-"""Attention on NVIDIA GPUs by cuDNN: each segment of a packed row as a sequence of its own (its "packed layout").
+"""Attention on NVIDIA GPUs with cuDNN: each segment of a packed row is a sequence (cuDNN's "packed layout").
 
-cuDNN takes lengths and places of the segments as data but their greatest number in a row as a shape, and returns a
-[b*SEGMENTS h t] log-sum-exp. Rows with more segments go the way of blocks instead, in the same compiled program.
+Lengths and offsets of the segments are data; their maximum number per row is a shape, and the log-sum-exp has the shape
+[b*SEGMENTS h t]. Rows with more segments take another backend in the same compiled program.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from open_agentrl_jax.models.blocks import Where
 from open_agentrl_jax.types import UserError
 
-# Segments in a row of 23,040 tokens of agentic lengths (mean 4k): 6 on average. The log-sum-exp of 32 segments, heads
-# and 23,040 tokens is 94 MB.
+# A row of 23,040 tokens of agentic lengths (mean 4k) has 6 segments on average. The log-sum-exp of 32 segments, 32
+# heads and 23,040 tokens takes 94 MB.
 SEGMENTS = 32
 
 
@@ -26,14 +26,14 @@ def cudnn(
 ) -> jax.Array:
     """A backend of models/attention.py for whole rows as packing makes them: segments contiguous, positions in order.
 
-    In float16 or bfloat16, for a compute capability of 9.0 (cuDNN's own conditions).
+    Needs float16 or bfloat16 and compute capability 9.0 (cuDNN's conditions).
 
     Args:
       q: [b t h D], D a multiple of 8.
       k: [b t k D].
       v: [b t k D].
-      queries: where the tokens are.
-      keys: the same, for all devices have whole rows or this is not called.
+      queries: positions of the tokens.
+      keys: equal to `queries`: this backend is called with whole rows only.
       otherwise: the backend for rows with more than SEGMENTS segments.
     """
     fits = queries.segments.max() <= SEGMENTS
@@ -43,10 +43,10 @@ def cudnn(
 
 
 def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    from jax._src.cudnn import fused_attention_stablehlo as library  # jax.nn's function does not pass the segments on
+    from jax._src.cudnn import fused_attention_stablehlo as library  # jax.nn's function does not pass the segments
 
     real = (segments != 0)[:, :, None, None]
-    # cuDNN neither reads nor writes what is in no segment: what lies there must reach neither output nor gradients.
+    # cuDNN neither reads nor writes positions outside all segments: their values must not reach output or gradients.
     q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     lengths, starts = layout(segments)
     try:
@@ -61,13 +61,13 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> 
             scale=1 / math.sqrt(q.shape[-1]),
             mask_type=library.MaskType.PADDING_CAUSAL,
         )
-    except (NotImplementedError, RuntimeError) as error:  # another GPU, one that is not here, no cuDNN, an odd head_dim
+    except (NotImplementedError, RuntimeError) as error:  # another GPU, none, no cuDNN, an unsupported head_dim
         raise UserError(f"model.attention=cudnn: {' '.join(str(error).split())}; use auto") from error
     return checkpoint_name(jnp.where(real, jnp.asarray(o), 0), "attention")
 
 
 def layout(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens [b SEGMENTS] and first place [b SEGMENTS+1] of each segment of the rows [b t]; -1 where there is none."""
+    """Tokens [b SEGMENTS] and first position [b SEGMENTS+1] of each segment of rows [b t]; -1 for absent segments."""
     each = segments[:, None, :] == jnp.arange(1, SEGMENTS + 1)[:, None]
     lengths = each.sum(-1, dtype=jnp.int32)
     starts = jnp.argmax(each, axis=-1).astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""Attention on TPUs: JAX's splash kernels, with a schedule of blocks made on the device from the rows at hand.
+"""Attention on TPUs: JAX's splash kernels, with a schedule of blocks that each step computes from its rows.
 
-The kernels skip a block of scores only where their table of blocks says so; segment ids alone save nothing. Usually the
-table is made ahead of time from a static mask, which for packed rows can only be the causal one. Here it is computed in
-the step, so that a row of short sequences costs what the short sequences cost, and nothing is compiled anew.
+The kernels skip the blocks of scores that their table of blocks leaves out; segment ids alone skip nothing. JAX makes
+the table ahead of time from a static mask, which for packed rows can only be the causal one. Here each step computes
+it, so that a row of short sequences costs as much as the short sequences, without recompilation.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from open_agentrl_jax.models.blocks import Where, bounds, needed
 from open_agentrl_jax.types import UserError
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
-# The largest block tried. Larger ones have fewer grid steps and waste more at the ends of sequences; from 2,560 on they
-# do not fit the vector memory.
+# Larger blocks have fewer grid steps and waste more at the ends of sequences; from 2,560 on they do not fit into the
+# vector memory.
 _LARGEST = 768
 
 
 def block_size(t: int) -> int | None:
-    """Tokens in a block for rows of which a device holds t: the largest multiple of 128 that divides t, or None."""
+    """Tokens per block if a device holds t tokens of a row: the largest multiple of 128 that divides t, or None."""
     return max((n for n in range(LANES, min(t, _LARGEST) + 1, LANES) if t % n == 0), default=None)
 
 
@@ -32,7 +32,7 @@ def splash(
 ) -> jax.Array:
     """A backend of models/attention.py for rows as packing makes them: segments contiguous, positions in order.
 
-    Queries may be one part of the row (of the mesh axis seq), keys are whole rows. Scores are of q scaled in its dtype.
+    Queries may be a part of the row (over the mesh axis seq), keys are whole rows. q is scaled in its own dtype.
     """
     block = block_size(q.shape[1])
     assert block is not None, "pick() gives rows of other lengths to another backend"
@@ -75,7 +75,7 @@ def _row(q: jax.Array, k: jax.Array, v: jax.Array, queries: Where, keys: Where, 
 
 
 def _pairs(queries: Where, keys: Where, start, block: int) -> jax.Array:
-    """Which pairs of blocks are to be computed, [nq nk]; the diagonal always: a row of scores must not be empty."""
+    """The pairs of blocks to compute, [nq nk]; includes the diagonal, because a row of scores must not be empty."""
     queries, keys = (
         Where(jnp.where(at.segments == 0, hidden, at.segments), at.positions)
         for at, hidden in ((queries, -1), (keys, -2))
@@ -86,10 +86,10 @@ def _pairs(queries: Where, keys: Where, start, block: int) -> jax.Array:
 
 
 def _schedule(pairs: jax.Array, *, following: bool) -> tuple[jax.Array, jax.Array]:
-    """For each row of `pairs` [n m], the blocks to run, moved to the front, and whether there is one: both [1 n m].
+    """For each row of `pairs` [n m], the blocks to run, moved to the front, and whether each step runs: both [1 n m].
 
-    A step that runs nothing names the block that is wanted next, which is then fetched ahead: that of the next row
-    where `following`, else of the same row again (for the next head).
+    A step that runs nothing names the block to prefetch: the first one of the next row if `following`, else of the same
+    row (for the next head).
     """
     low, high = bounds(pairs)
     block = low[:, None] + jnp.arange(pairs.shape[1])

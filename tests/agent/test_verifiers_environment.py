@@ -168,5 +168,5 @@ def test_what_is_not_played_is_refused():
     with pytest.raises(UserError, match="verifiers toolset Bare: runs elsewhere"):
         Verifiers(elsewhere)
     environment = Verifiers(taskset())([], None)
-    with pytest.raises(UserError, match="is none of the taskset's"):
+    with pytest.raises(UserError, match="is not in the taskset"):
         asyncio.run(environment.reset(problems(taskset(Broken))[0]))
