@@ -1,7 +1,7 @@
-"""The key-value cache of s slots, and on a mesh which device holds which of them.
+"""The key-value cache of s slots, and its layout on a mesh.
 
-On a mesh a device holds a run of slots and a part of their heads. What is computed for one slot its owner computes;
-the others add zeros, which changes no bit, or get the result. Without a mesh there is one owner and nothing to add.
+On a mesh a device holds a contiguous range of slots and a part of their heads. The owner of a slot computes what
+concerns it; the others add zeros, which changes no bit, or receive the result. Without a mesh there is one owner.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from open_agentrl_jax.parallel.sharding import SLOTS, P
 
 
 class Cache(NamedTuple):
-    """Keys (turned by their position) and values in blocks of n positions, as the products of attention read them."""
+    """Rotated keys and values in blocks of n positions, in the layout that the products of attention read."""
 
     k: Any  # [l blocks s k D n]
     v: Any  # [l blocks s k n D], on a TPU as the keys: see `turned`
 
 
-ROWS = P(SLOTS)  # one row a slot, where the slot is
+ROWS = P(SLOTS)  # one row per slot, on the slot's device
 _SLOTS = P(None, None, SLOTS, "tensor", None, None)
 _WHERE = Cache(_SLOTS, _SLOTS)
-_ONE = Cache(*[P(None, None, "tensor", None, None)] * 2)  # a slot, in all devices
+_ONE = Cache(*[P(None, None, "tensor", None, None)] * 2)  # one slot, on all devices
 _NEW = Cache(*[P(None, None, None, "tensor", None)] * 2)  # [l p c k D]
 
 
 def turned() -> bool:
-    """Whether values, too, have their positions innermost.
+    """Whether positions are the innermost axis of values too.
 
-    Where they have not, a TPU compiler (v5e, seen in the compiled program) lays all of them out anew at every step.
+    Otherwise a TPU compiler (v5e, seen in the compiled program) changes the layout of all values at every step.
     """
     return platform() == "tpu"
 
 
 def groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Into how many runs a mesh cuts the slots."""
+    """The number of ranges into which a mesh divides the slots."""
     return math.prod(mesh.shape[axis] for axis in SLOTS)
 
 
 def block_size(length: int) -> int:
-    """How many positions attention reads at a time: at least 32, and at most 16 blocks in all."""
+    """Positions per block: at least 32, so that there are at most 16 blocks."""
     return max(32, 1 << max(0, math.ceil(length / 16) - 1).bit_length())
 
 
 def init_cache(model_config: ModelConfig, slots: int, length: int, device: Any = None) -> Cache:
-    """An empty cache in the compute dtype, of `length` positions rounded up to whole blocks.
+    """Allocates a cache in the compute dtype, with `length` positions rounded up to whole blocks.
 
     Args:
       model_config: the model.
-      slots: on a mesh a multiple of `groups`.
-      length: of a slot.
-      device: where it shall lie: a mesh, a sharding, or None.
+      slots: number of slots; on a mesh a multiple of `groups`.
+      length: positions per slot.
+      device: a mesh, a sharding, or None.
     """
     c, block = model_config, block_size(length)
     shape = (c.num_layers, -(-length // block), slots, c.num_kv_heads)
@@ -70,7 +70,7 @@ def init_cache(model_config: ModelConfig, slots: int, length: int, device: Any =
 
 
 def _owned(slots: jax.Array, count: int) -> jax.Array:
-    """Slots as this device numbers the `count` that it holds; those of others become `count`."""
+    """Maps slots to this device's numbering of its `count` slots; those of other devices become `count`."""
     if current_mesh() is None:
         return slots
     first = jax.lax.axis_index(SLOTS) * count
@@ -80,11 +80,11 @@ def _owned(slots: jax.Array, count: int) -> jax.Array:
 def by_owner(
     mix: Callable[..., jax.Array], *, aligned: bool
 ) -> Callable[[jax.Array, jax.Array, jax.Array, Cache, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Attention of rows, each computed where its slot is, its result in all devices.
+    """Computes the attention of each row on the device of its slot; all devices get the result.
 
     Args:
       mix: (q [p c h D], k [p c k D], v [p c k D], cache, slots [p], starts [p], layer, blocks) -> [p c h D].
-      aligned: row i is of slot i or does nothing: a device computes its own rows, and no others.
+      aligned: row i belongs to slot i or is idle: a device computes its own rows only.
     """
     if current_mesh() is None:
         return mix
@@ -107,13 +107,13 @@ def by_owner(
 
 
 def each_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` from arrays [a ...] to arrays [a], each row computed where its slot is, the results in all."""
+    """Maps `function` from arrays [a ...] to arrays [a], each row on its slot's device; all devices get the result."""
     if current_mesh() is None:
         return function
     mapped = jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)
 
     def split(x: jax.Array) -> jax.Array:
-        # First over the axes that split nothing of it, for which a device drops rows; then the others change sides.
+        # First split over the free axes, for which a device drops rows; then move the other axes to the rows.
         rest = jax.typeof(x).sharding.spec[1:]
         free = tuple(axis for axis in SLOTS if not any(axis in sharding.names(part) for part in rest))
         x = jax.reshard(x, P(free or None, *rest))
@@ -126,16 +126,16 @@ def each_row(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def write(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
-    """The cache with new keys and values [l p c k D] of rows of `slots` [p], in block `at` at `within`, both [p c].
+    """Writes new keys and values [l p c k D] of the rows in `slots` [p] to block `at` and place `within`, both [p c].
 
-    What is out of range is dropped.
+    Indices out of range are dropped.
     """
 
     def local(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax.Array) -> Cache:
         to = _owned(slots, cache.k.shape[2])[:, None]
         if at.shape[1] == 1 and turned():
-            # Whole blocks, one new position in each: were single positions scattered into it, the same compiler would
-            # copy the whole cache, before and after.
+            # Writes whole blocks with one new position each: for a scatter of single positions the TPU compiler copies
+            # the whole cache, before and after.
             at, to, here = at[:, 0], to[:, 0], within == jnp.arange(cache.k.shape[-1])  # [p n]
             old = (of[:, at, to] for of in cache)
             some = (jnp.where(here[:, None, None], x[:, :, 0, ..., None], y) for x, y in zip(new, old, strict=True))
@@ -150,7 +150,7 @@ def write(cache: Cache, new: Cache, slots: jax.Array, at: jax.Array, within: jax
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def copy_slots(cache: Cache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> Cache:
-    """One after the other, the first `count` of slots `targets` [s] become copies of `sources` [s]."""
+    """Copies slots `sources` [s] to `targets` [s], one after the other, for the first `count` pairs."""
 
     def local(cache: Cache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> Cache:
         def copy(i: jax.Array, cache: Cache) -> Cache:
@@ -169,7 +169,7 @@ def read_slot(cache: Cache, slot: jax.Array) -> Cache:
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def write_slot(cache: Cache, slot: jax.Array, values: Cache) -> Cache:
-    """The cache with one slot replaced."""
+    """Replaces one slot of the cache."""
     return _on_mesh(_put, (_WHERE, P(), _ONE), _WHERE)(cache, slot, values)
 
 

@@ -4,7 +4,7 @@ Training and generation compute layers in different ways. In TRAINING rows are s
 of tokens: parameters travel, gathered layer by layer. FROZEN is TRAINING of adapters beside matrices without gradients.
 In GENERATION there are a few tokens, and each reads all weights: parameters stay where the trainer has them, every
 device has all rows, multiplies them with its part, and the partial sums are added up. Without a mesh all compute the
-same. APART is GENERATION on a CPU without a mesh, with parameters as `qwen.apart` makes them: XLA on a CPU copies each
+same. APART is GENERATION without a mesh, with parameters as `qwen.apart` makes them: XLA on CPUs and GPUs copies each
 layer's matrices out of a stack before it multiplies with them.
 """
 
