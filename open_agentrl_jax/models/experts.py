@@ -108,7 +108,7 @@ def balance(loads: Load) -> tuple[jax.Array, dict[str, jax.Array]]:
 def _moved(x: jax.Array, w: Weights, c: ModelConfig, given: jax.Array | None) -> tuple[jax.Array, Routing]:
     """Each device routes its own tokens; the devices along `expert` and `tensor` share the products."""
     shares = ("expert", "tensor")
-    specs = Weights(*(jax.typeof(part).sharding.spec for part in w))
+    specs: Any = Weights(*(jax.typeof(part).sharding.spec for part in w))
 
     def local(x: jax.Array, w: Weights, given: jax.Array | None) -> tuple[jax.Array, Routing]:
         # The transpose of this cast leaves the gradient as the device's part of the sum, to be scattered outside.
@@ -120,14 +120,14 @@ def _moved(x: jax.Array, w: Weights, c: ModelConfig, given: jax.Array | None) ->
         return jax.lax.psum_scatter(y, shares, tiled=True).reshape(x.shape), routing
 
     layout = sharding.HIDDEN
-    call = jax.shard_map(local, in_specs=(layout, specs, layout), out_specs=(layout, Routing(*[layout] * 3)))
+    call = jax.shard_map(local, in_specs=(layout, specs, layout), out_specs=(layout, _routing(layout)))
     return call(x, w, given)
 
 
 def _at_rest(x: jax.Array, w: Weights, c: ModelConfig, given: jax.Array | None) -> tuple[jax.Array, Routing]:
     """All devices have all tokens; each adds what its experts, and its part of their hidden units, contribute."""
     routing = route(at_rest(x, w.router, jnp.float32), c, given)
-    specs = Weights(*(jax.typeof(part).sharding.spec for part in w))
+    specs: Any = Weights(*(jax.typeof(part).sharding.spec for part in w))
     first = sharding.names(specs.gate[0])
 
     def local(x: jax.Array, routing: Routing, w: Weights) -> jax.Array:
@@ -135,8 +135,12 @@ def _at_rest(x: jax.Array, w: Weights, c: ModelConfig, given: jax.Array | None) 
         return jax.lax.psum(y, (*first, "tensor"))
 
     whole = P(None, None, None)
-    call = jax.shard_map(local, in_specs=(whole, Routing(*[whole] * 3), specs), out_specs=whole, check_vma=False)
+    call = jax.shard_map(local, in_specs=(whole, _routing(whole), specs), out_specs=whole, check_vma=False)
     return call(x, routing, w), routing
+
+
+def _routing(spec: Any) -> Any:
+    return Routing(spec, spec, spec)
 
 
 def _local(x: jax.Array, routing: Routing, w: Weights, first: Any) -> jax.Array:
