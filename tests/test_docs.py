@@ -95,7 +95,7 @@ RUN_BY = (
     (r"launch\.\w+ \S*gsm8k_chain", "tests/launch/test_chain.py"),
     (r"launch\.benchmark sandbox --url", "tests/benchmarks/test_benchmarks.py"),
     (r"launch\.benchmark (decode|memory|sandbox|scaling|train)\b", "tests/benchmarks/test_benchmarks.py"),
-    (r"launch\.benchmark rollout", "tests/rollout/test_benchmark_rollout.py"),
+    (r"launch\.benchmark (refit|rollout)", "tests/rollout/test_benchmark_rollout.py"),
     (r"launch\.benchmark gpu", "tests/benchmarks/test_gpu.py"),  # part by part, on a CPU
     (r"launch\.chat", "tests/serve/test_chat.py"),
     (r"launch\.collect", "tests/collect/test_collect.py"),
