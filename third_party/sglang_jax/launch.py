@@ -184,7 +184,7 @@ def own_memory(merge):
 
     The release returns a view of one buffer that every step overwrites. On a CPU, a JAX array shares the memory of a
     numpy array that is aligned to 64 bytes, which this buffer is in some processes and not in others: there the next
-    step overwrites the cache locations of the one that runs, whose tokens and log-probs are then wrong.
+    step can overwrite the cache locations of the running one. This would explain wrong log-probs that were seen once.
     """
 
     def _merge_cache_loc(self, *args, **kwargs):
