@@ -14,7 +14,7 @@ def test_two_processes_find_each_other_and_all_devices(kind):
         assert code == 0, error[-2000:]
         expected = "any number" if kind == "tpu_vm" else "8"
         assert f"devices: 8 found, {expected} expected (2 processes x 4 cpu)" in out
-        assert f"'fsdp': 8, 'seq': 1, 'tensor': 1}} {rank}" in out
+        assert f"'fsdp': 8, 'seq': 1, 'tensor': 1, 'expert': 1}} {rank}" in out
 
 
 def test_a_node_that_lost_a_gpu_ends_the_run():

@@ -8,7 +8,7 @@ import pytest
 
 from configs.qwen3_4b_grpo_tcr import get_config
 from open_agentrl_jax.planning import ahead, chips, memory, topologies, workload
-from open_agentrl_jax.planning.shapes import shape_of
+from open_agentrl_jax.planning.shapes import SHAPES, shape_of
 from open_agentrl_jax.types import UserError
 
 
@@ -19,7 +19,7 @@ def test_without_the_model_its_shape_comes_from_the_config_name():
     assert (model.compute_dtype, model.remat) == ("bfloat16", "full")
     assert shape_of(config, layers=2).num_layers == 2
     config.name = "other"
-    with pytest.raises(UserError, match="starts with one of qwen3_4b, qwen2_5_7b"):
+    with pytest.raises(UserError, match=f"starts with one of {', '.join(SHAPES)}$"):
         shape_of(config)
 
 
