@@ -1,6 +1,6 @@
-"""Trajectories to SFT sets: which are kept and why the others are not, and the card that tells it.
+"""Selects trajectories for an SFT set and writes the card that counts the rejected ones by reason.
 
-Every trajectory that goes in comes out under exactly one heading of the counts, so nothing is ever lost unseen.
+Every trajectory is counted under exactly one heading, so nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from open_agentrl_jax.data.generated import GENERATED
 from open_agentrl_jax.data.prompts import Reader
 from open_agentrl_jax.types import Episode, Message, Task, Trajectory
 
-NGRAM = 13  # words in a row that make two texts the same, as GPT-3 and its successors count it
+NGRAM = 13  # consecutive words that make two texts equal, as in the contamination analysis of GPT-3
 
 
 @dataclasses.dataclass
 class Sample:
-    """One conversation that may be kept."""
+    """A candidate conversation."""
 
     conversation: Conversation
     problem: str  # the bare text
@@ -46,17 +46,17 @@ CHECKS: tuple[tuple[str, Callable[[Trajectory | Episode], bool]], ...] = (
 
 
 def refusal(trajectory: Trajectory | Episode) -> str:
-    """The first of CHECKS that speaks against learning from a trajectory; "" where none does."""
+    """The name of the first of CHECKS that rejects a trajectory; "" if none does."""
     return next((name for name, fails in CHECKS if fails(trajectory)), "")
 
 
 def problem_of(task: Task) -> str:
-    """The bare problem, without the words of its template."""
+    """The bare problem, without its template."""
     return str(task.extra.get("problem") or task.messages[-1].content)
 
 
 def messages_of(task: Task, trajectory: Trajectory | Episode) -> list[Message]:
-    """The whole conversation, with every call and every result as such."""
+    """The whole conversation with structured calls and results."""
     messages = list(task.messages)
     for turn in trajectory.turns:
         words = turn.words if turn.tool_calls else turn.content
@@ -66,7 +66,7 @@ def messages_of(task: Task, trajectory: Trajectory | Episode) -> list[Message]:
 
 
 def sample_of(task: Task, trajectory: Trajectory | Episode, number: int, tools: list[dict[str, Any]]) -> Sample:
-    """A trajectory as a row to learn from. `number` is that of the try."""
+    """Converts a trajectory to a training row; `number` is the index of the try."""
     statuses = [status for turn in trajectory.turns for status in turn.tool_statuses]
     good = sum(status == "ok" for status in statuses)
     columns = {"problem_id": task.id, "try": number, "tool_calls": len(statuses), "tool_success": good}
@@ -75,12 +75,12 @@ def sample_of(task: Task, trajectory: Trajectory | Episode, number: int, tools: 
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; signs and spaces part them."""
+    """Lower-case words and numbers, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 class Contamination:
-    """Tells whether a text shares NGRAM words in a row with one of `texts`; a shorter one must be the same."""
+    """Tests whether a text shares NGRAM consecutive words with one of `texts`; shorter texts must be equal."""
 
     def __init__(self, texts: Iterable[str]):
         split = [words(text) for text in texts]
@@ -90,17 +90,17 @@ class Contamination:
 
     def __call__(self, text: str) -> bool:
         """Whether `text` is contaminated."""
-        said = words(text)
-        return tuple(said) in self._short or not self._grams.isdisjoint(_grams(said))
+        split = words(text)
+        return tuple(split) in self._short or not self._grams.isdisjoint(_grams(split))
 
 
 def contamination(names: str, evaluation: str, format: str | Reader = "auto") -> tuple[Contamination, list[str]]:
-    """What the problems of some evaluation sets contaminate, and the names of the sets.
+    """The contamination test of some evaluation sets, and the names of the sets.
 
     Args:
-        names: names or paths, as data.benchmarks.read_problems takes them, with commas; "data.eval" is `evaluation`.
+        names: comma-separated names or paths for data.benchmarks.read_problems; "data.eval" means `evaluation`.
         evaluation: the config's held-out problems; may be empty, or a key of GENERATED.
-        format: of `evaluation`, as data.prompts.read_tasks takes it; other sets are read row by row.
+        format: format of `evaluation` for data.prompts.read_tasks; other sets are detected row by row.
     """
     sets = [evaluation if name == "data.eval" else name for name in names.split(",")]
     sets = [name for name in sets if name]
@@ -117,8 +117,8 @@ def _grams(split: list[str]) -> Iterable[str]:
     return (" ".join(split[i : i + NGRAM]) for i in range(len(split) - NGRAM + 1))
 
 
-def _said(sample: Sample) -> str:
-    """What the assistant contributes, calls included."""
+def _answer_text(sample: Sample) -> str:
+    """The text of the assistant's turns, including calls."""
     turns = [m for m in sample.conversation.messages if m.role == "assistant"]
     return "\n".join(
         f"{m.content} {' '.join(str(v) for c in m.tool_calls for v in c.arguments.values())}" for m in turns
@@ -128,26 +128,26 @@ def _said(sample: Sample) -> str:
 def select(
     samples: Sequence[Sample], contaminated: Callable[[str], bool], *, size: int = 0, seed: int = 0
 ) -> tuple[list[Sample], dict[str, int]]:
-    """Leaves out repeated and contaminated samples, then balances.
+    """Removes repeated and contaminated samples, then balances the rest.
 
     Args:
-        samples: in any order; of equal ones the first stays.
-        contaminated: says it of a problem's or an answer's text.
-        size: at most so many, spread as evenly as there are enough over sources and, within each, over numbers of
-            calls; 0: all.
-        seed: decides which of a cell.
+        samples: in any order; the first of equal ones is kept.
+        contaminated: tests the text of a problem or an answer.
+        size: maximum number of samples, spread evenly over sources and, within a source, over numbers of calls, as
+            far as there are enough; 0: all.
+        seed: determines the choice within a cell.
 
     Returns:
-        Those kept, in their order, and the counts {duplicate, contaminated, over_size, kept}.
+        The kept samples in their order, and the counts {duplicate, contaminated, over_size, kept}.
     """
     seen: set[tuple[str, ...]] = set()
     counts, left = collections.Counter[str](), []
     for sample in samples:
-        key = (*words(sample.problem), "\n", *words(_said(sample)))
+        key = (*words(sample.problem), "\n", *words(_answer_text(sample)))
         reason = ""
         if key in seen:
             reason = "duplicate"
-        elif contaminated(sample.problem) or contaminated(_said(sample)):
+        elif contaminated(sample.problem) or contaminated(_answer_text(sample)):
             reason = "contaminated"
         seen.add(key)
         counts[reason or "distinct"] += 1
@@ -160,7 +160,7 @@ def select(
 
 
 def balance(samples: Sequence[Sample], size: int, seed: int = 0) -> list[Sample]:
-    """At most `size` samples: sources as even as may be, and within each its numbers of calls."""
+    """Selects at most `size` samples, spread evenly over sources and, within a source, over numbers of calls."""
     cells: dict[str, dict[int, list[int]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for i, sample in enumerate(samples):
         cells[sample.conversation.source][sample.calls].append(i)
@@ -175,7 +175,7 @@ def balance(samples: Sequence[Sample], size: int, seed: int = 0) -> list[Sample]
 
 
 def table(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """One row a source and number of calls: conversations, problems, share of calls that succeeded."""
+    """One row per source and number of calls: conversations, problems, fraction of successful calls."""
     cells: dict[tuple[str, int], list[Sample]] = collections.defaultdict(list)
     for sample in samples:
         cells[sample.conversation.source, sample.calls].append(sample)
@@ -192,11 +192,11 @@ def table(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def write_card(directory: str | os.PathLike[str], card: dict[str, Any]) -> None:
-    """Writes `card.json` and the same for people, `README.md`.
+    """Writes `card.json`, and the same content as `README.md`.
 
     Args:
-        directory: of the data set.
-        card: sections of figures: a dictionary is a table of names and values, a list of dictionaries a table.
+        directory: folder of the data set.
+        card: sections; a dictionary is a table of names and values, a list of dictionaries is a table.
     """
     place = Path(directory)
     (place / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False))

@@ -1,6 +1,6 @@
-"""The model-aware RL set: which problems teach THIS policy something, by the pass rates of its own rollouts.
+"""The model-aware RL set: selects problems by the pass rates of the policy's own rollouts.
 
-Pure functions over counts; the command that makes the rollouts is launch.curate. Source: arXiv 2510.11701, RECIPE.md 1.
+Pure functions over counts; launch.curate makes the rollouts. Source: arXiv 2510.11701, RECIPE.md 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEPT = ("hard", "medium", "easy")  # a group that always or never passes has no 
 
 @dataclasses.dataclass(frozen=True)
 class PassRate:
-    """`right` of `tries` graded rollouts of one problem; a rollout that could not be graded is no try."""
+    """Correct and graded rollouts of one problem; a rollout that could not be graded does not count as a try."""
 
     right: int
     tries: int
@@ -43,23 +43,23 @@ def classify(rate: PassRate) -> str:
 
 
 def decided(right: int, wrong: int, tries: int) -> bool:
-    """Whether further rollouts of a problem cannot change its class, after `right` and `wrong` of `tries`.
+    """Whether the remaining rollouts of a problem cannot change its class, after `right` and `wrong` of `tries`.
 
-    It is decided once every way in which the remaining rollouts can end gives the same class.
+    True once every possible outcome of the remaining rollouts gives the same class.
     """
     left = tries - right - wrong
     return len({classify(PassRate(right + more, tries)) for more in range(left + 1)}) == 1
 
 
 def undecided(right: int, wrong: int, tries: int) -> int:
-    """Rollouts after which a problem may be decided at the earliest, so many can be made side by side; 0: it is."""
+    """The least number of further rollouts that may decide a problem, which can run concurrently; 0 if decided."""
     left = tries - right - wrong
     ends = (m for m in range(left) if any(decided(right + good, wrong + m - good, tries) for good in range(m + 1)))
     return next(ends, left)
 
 
 def histogram(rates: Sequence[PassRate], bins: int = 4) -> list[int]:
-    """[bins + 2] problems by pass rate: exactly 0, the bins of equal width that cut (0, 1), exactly 1."""
+    """Counts [bins + 2] of problems by pass rate: exactly 0, bins of equal width over (0, 1), exactly 1."""
     counts = [0] * (bins + 2)
     for r in rates:
         counts[bin_of(r, bins)] += 1
@@ -67,7 +67,7 @@ def histogram(rates: Sequence[PassRate], bins: int = 4) -> list[int]:
 
 
 def bin_of(rate: PassRate, bins: int = 4) -> int:
-    """The place of a rate in `histogram`: bin i holds ((i - 1) / bins, i / bins]. In integers: nothing is rounded."""
+    """The index of a rate in `histogram`: bin i contains ((i - 1) / bins, i / bins]. Exact integer arithmetic."""
     return bins + 1 if rate.right == rate.tries else -(-rate.right * bins // rate.tries)
 
 
@@ -79,21 +79,21 @@ def resample(
     size: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Chooses problems so that their difficulty follows a target, none twice.
+    """Selects distinct problems whose difficulties follow a target distribution.
 
     Args:
         rates: the pass rate of each problem.
-        target: the share of each difficulty, in any unit; None is flat over those that occur.
-        by: what a difficulty is: `classify` (hard, medium, easy), or `bin_of`.
-        size: problems wanted; None: as many as the scarcest class allows. Where a class has too few for `size`, the
-            others make up for it in proportion.
-        seed: decides which problems of a class.
+        target: relative weight of each difficulty; None: equal weights for those that occur.
+        by: maps a pass rate to a difficulty: `classify` (hard, medium, easy) or `bin_of`.
+        size: number of problems; None: as many as the scarcest class allows. If a class has too few, the others
+            replace them in proportion.
+        seed: determines the choice within a class.
 
     Returns:
-        Indices of the chosen, ascending. Problems of pass rate 0 and 1 are never among them.
+        Ascending indices of the selected problems, never of those with pass rate 0 or 1.
 
     Raises:
-        UserError: a target that names an unknown class or is not positive, or no problem left.
+        UserError: the target names an unknown class or is not positive, or no problem is left.
     """
     pools: dict[Hashable, list[int]] = {}
     for i, rate in enumerate(rates):
@@ -117,7 +117,7 @@ def resample(
 
 
 def quotas(shares: Mapping[K, float], available: Mapping[K, int], size: int) -> dict[K, int]:
-    """How many of each class: in proportion, never more than there are, what a class lacks going to the others."""
+    """The number per class: proportional, at most the available ones; other classes fill what a class lacks."""
     quota = dict.fromkeys(shares, 0)
     for _ in range(min(size, sum(available.values()))):
         behind = [name for name in shares if quota[name] < available[name]]
@@ -126,6 +126,6 @@ def quotas(shares: Mapping[K, float], available: Mapping[K, int], size: int) -> 
 
 
 def report(before: Sequence[PassRate], after: Sequence[PassRate]) -> list[dict[str, Any]]:
-    """One row a class, with counts before and after, for a table or a picture."""
+    """One row per class with counts before and after."""
     counts = [{name: sum(classify(r) == name for r in rates) for name in CLASSES} for rates in (before, after)]
     return [{"class": name, "before": counts[0][name], "after": counts[1][name]} for name in CLASSES]

@@ -1,8 +1,8 @@
-"""The synthetic baseline: worked solutions whose calculator annotations are turned into tool calls.
+"""The synthetic baseline ("stitched" in the paper): worked solutions with calculator annotations as tool calls.
 
-GSM8K writes `48/2 = <<48/2=24>>24 clips`. Cut at each annotation, the text before it becomes an assistant's turn that
-ends in a call `print(48/2)`, and `24` the tool's answer. Nothing is run and nothing was decided by a model: the calls
-were put where an annotator's calculator was. That is what the paper's first table calls stitched.
+GSM8K writes `48/2 = <<48/2=24>>24 clips`. The text before each annotation becomes an assistant turn that ends with a
+call `print(48/2)`, and `24` becomes the tool's output. Nothing is executed, and no model decides where to call: the
+calls are where the annotator used a calculator.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _ROUNDED = Fraction(1, 100)  # annotators round to cents
 
 
 class NotStitchable(ValueError):
-    """Why a solution cannot be stitched: a heading for the counts."""
+    """The reason why a solution cannot be stitched; a heading of the counts."""
 
 
 def stitch(task: Task) -> Sample:
-    """One problem's annotated solution as a conversation with tool calls.
+    """Converts the annotated solution of a problem to a conversation with tool calls.
 
     Args:
-        task: `extra["solution"]` holds the worked solution with its annotations.
+        task: `extra["solution"]` contains the annotated solution.
 
     Raises:
-        NotStitchable: no solution, no annotation, or one that is no arithmetic; the text is one word for the counts.
+        NotStitchable: there is no solution or annotation, or an annotation is not arithmetic.
     """
     solution = str(task.extra.get("solution") or "")
     if not solution:
@@ -53,8 +53,8 @@ def stitch(task: Task) -> Sample:
         code = _tidy(expression)
         if (value := evaluate(code)) is None:
             raise NotStitchable("no_arithmetic")
-        told = evaluate(_tidy(result))
-        if told is None or abs(value - told) > _ROUNDED * max(1, abs(value)):
+        annotated = evaluate(_tidy(result))
+        if annotated is None or abs(value - annotated) > _ROUNDED * max(1, abs(value)):
             raise NotStitchable("wrong_annotation")
         call = ToolCall(PythonTool.name, {"code": f"print({code})"})
         messages += [Message("assistant", before.strip(), [call]), Message("tool", _tidy(result))]
@@ -66,7 +66,7 @@ def stitch(task: Task) -> Sample:
 
 
 def _tidy(expression: str) -> str:
-    """Arithmetic as Python writes it: no currency, no commas in numbers, no leading zeros."""
+    """Arithmetic in Python syntax: without currency, commas in numbers and leading zeros."""
     plain = re.sub(r"[$,\s]", "", expression).translate(str.maketrans("×÷−", "*/-"))
     plain = re.sub(r"(\d)[xX](?=[\d.(])", r"\1*", plain)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", plain)
