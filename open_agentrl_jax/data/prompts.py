@@ -1,6 +1,6 @@
-"""Problem files -> tasks: one reader a format, one prompt template a source, both chosen for each ROW by itself.
+"""Reads problem files as tasks: a reader per format and a prompt template per source, both chosen for each row.
 
-What grades a problem stays in `Task.answer` and never enters a prompt. The formats are those of docs/graders.md.
+The data that grades a problem stays in `Task.answer` and never enters a prompt. docs/graders.md lists the formats.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TOOL_HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How problems of a source are put to the model, and the grader that reads the answer: math | choice | code."""
+    """The prompt for problems of a source, and the grader of their answers: math | choice | code."""
 
     preamble: str
     ending: str
     grader: str = "math"
 
     def render(self, problem: str, *, tools: bool) -> str:
-        """The user's message for one problem."""
+        """The user message for a problem."""
         return "\n\n".join([self.preamble, problem.strip(), f"{TOOL_HINT} {self.ending}" if tools else self.ending])
 
 
@@ -79,7 +79,7 @@ TEMPLATES: dict[str, Template] = {
     ),
     "math": Template("Here is a mathematics problem.", _BOX),
 }
-# the first pattern found in "<ability> <source>" names the template; mathematics is what remains
+# the first pattern found in "<ability> <source>" selects the template; mathematics is the default
 _FAMILIES = (
     ("code", r"\bcode|coding|leetcode|livecodebench|codeforces|program"),
     ("gpqa", r"gpqa"),
@@ -92,14 +92,14 @@ _FAMILIES = (
 
 
 def family(source: str, ability: str = "") -> str:
-    """The key of TEMPLATES for a source name and the row's own `ability`."""
+    """The key of TEMPLATES for a source name and a row's `ability`."""
     text = f"{ability} {source}".lower()
     return next(name for name, pattern in _FAMILIES if re.search(pattern, text))
 
 
 @dataclasses.dataclass
 class Problem:
-    """One row, understood. `messages` is set where the row brings a whole conversation, which then is kept as it is."""
+    """A parsed row. `messages` is set if the row contains a whole conversation, which is kept unchanged."""
 
     text: str
     answer: Any
@@ -110,7 +110,7 @@ class Problem:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-Reader = Callable[[dict[str, Any]], Problem]  # of one row, its column names in lower case; BadRow for an unusable one
+Reader = Callable[[dict[str, Any]], Problem]  # of a row with lower-case column names; raises BadRow if unusable
 
 
 def read_tasks(
@@ -125,17 +125,18 @@ def read_tasks(
 
     Args:
         path: jsonl, json or parquet; rows of several sources may be mixed in one file.
-        format: "auto" reads each row by its own columns; a name of FORMATS, or a reader, reads all rows that way.
-        tools: False leaves the sentence about the tool out of the prompts (tool-free evaluation).
-        source: of rows that name none; empty: the name of their file.
-        check: refuse rows with an answer that their grader cannot grade; False for a grader of the user's own.
+        format: "auto" detects the format of each row by its columns; a name of FORMATS, or a reader, applies to all.
+        tools: False omits the sentence about the tool from the prompts (tool-free evaluation).
+        source: source of rows without one; empty: the name of their file.
+        check: reject rows with an answer that their grader cannot grade; False for a custom grader.
 
     Returns:
-        The tasks, with `.skipped` naming each row that was not used. `extra` holds "problem" (the bare text), "grader"
-        (math | choice | code), "family" and what else the row told.
+        The tasks; `.skipped` lists the unused rows. `extra` contains "problem" (the bare text), "grader" (math | choice
+        | code), "family" and further data of the row.
 
     Raises:
-        UserError: nothing there, a damaged file, an unknown format, no usable row, more than 1 % bad rows.
+        UserError: there is nothing at `path`, a file is damaged, the format is unknown, no row is usable, or more than
+            1 % of the rows are bad.
     """
     if format != "auto" and isinstance(format, str) and format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown; use auto, one of {', '.join(FORMATS)}, or module:function")
@@ -169,8 +170,8 @@ def read_tasks(
 def write_tasks(path: str | os.PathLike[str], tasks: list[Task], columns: list[dict[str, Any]] | None = None) -> None:
     """Writes tasks as an RL parquet (RECIPE.md 7) that `read_tasks` reads back to equal tasks.
 
-    The prompt column holds the bare problem, so that the template is applied on reading; a conversation, and a prompt
-    that no template made, is kept whole (`extra_info.verbatim`). `columns` adds columns, one dictionary a task.
+    The prompt column contains the bare problem, and reading applies the template; a conversation, or a prompt that no
+    template made, is kept whole (`extra_info.verbatim`). `columns` adds columns, one dictionary per task.
     """
     rows = []
     for task, more in zip(tasks, columns or [{}] * len(tasks), strict=True):
@@ -205,7 +206,7 @@ def _empty(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A cell as text: 70.0, which a table of numbers makes of 70, is 70."""
+    """A cell as text; 70.0, the form of 70 in a column of floats, becomes "70"."""
     if value is None or value != value:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -235,7 +236,7 @@ def _plain(row: dict[str, Any]) -> Problem:
 
 
 def _put(prompt: Any) -> tuple[str, list[Message]]:
-    """The problem's text in a prompt, which is text or a list of messages; and the messages where they are several."""
+    """The problem's text in a prompt (text or a list of messages), and the messages if there are several."""
     prompt = decode(prompt)
     if prompt is None or isinstance(prompt, str):
         return prompt or "", []
@@ -246,7 +247,7 @@ def _put(prompt: Any) -> tuple[str, list[Message]]:
 
 
 def _answer(value: Any) -> str | list[str]:
-    """An answer as text; of a list of answers any one counts as right."""
+    """An answer as text, or a list of accepted answers."""
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
         raise BadRow("the answer must be text, a number or a list of them")
     if isinstance(value, list):
@@ -255,7 +256,7 @@ def _answer(value: Any) -> str | list[str]:
     return _text(value)
 
 
-LETTERS = "ABCDEFGHIJ"  # those that the grader of choices reads
+LETTERS = "ABCDEFGHIJ"  # those that the choice grader accepts
 
 
 def _choice(row: dict[str, Any]) -> Problem:
@@ -282,7 +283,7 @@ def _choice(row: dict[str, Any]) -> Problem:
 
 
 def _option(answer: Any, texts: list[str], labels: list[str]) -> int:
-    """Which option an answer names: by its number from 0, its label, its letter or its text."""
+    """The index of the option that an answer names by its index from 0, its label, its letter or its text."""
     if isinstance(answer, int | float) and not isinstance(answer, bool) and answer in range(len(texts)):
         return int(answer)
     named = _text(answer).strip()
@@ -336,7 +337,7 @@ def _verl(row: dict[str, Any]) -> Problem:
             if isinstance(reward.get("ground_truth"), str) and extra.pop("tests_are_text", True):
                 extra["tests_are_text"] = True  # the published grader treats text and objects differently
     elif isinstance(answer, list) and answer and all(isinstance(a, str) for a in answer):
-        answer = answer[0] if len(answer) == 1 else answer  # several right answers: any one will do
+        answer = answer[0] if len(answer) == 1 else answer  # several accepted answers
     else:
         answer = _text(reward.get("ground_truth"))
     identity = _text(_pick(extra, "id", "index")).removeprefix(f"{source}/")
@@ -347,7 +348,7 @@ def _verl(row: dict[str, Any]) -> Problem:
 
 
 class _TextOnly(pickle.Unpickler):
-    """Opens the pickled string that LiveCodeBench ships; any class in it is refused, so nothing can run."""
+    """Unpickles the text in LiveCodeBench's files; refuses every class, so that no code can run."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise BadRow(f"the private tests hold a pickled {module_name}.{global_name}; only text is read")
@@ -370,7 +371,7 @@ def _lcb_tests(cell: Any) -> list[dict[str, Any]]:
 def _livecodebench(row: dict[str, Any]) -> Problem:
     public, private = _lcb_tests(row.get("public_test_cases")), _lcb_tests(row.get("private_test_cases"))
     shown = [(t["input"], t["output"]) for t in public]
-    # the statement shows the public tests, so they grade only where there is nothing else
+    # the statement shows the public tests, so they grade only if there are no others
     tests = [t for t in private if (t["input"], t["output"]) not in shown] or public
     answer: dict[str, Any] = (
         {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests]} if tests else {}
@@ -393,7 +394,7 @@ def _bare(row: dict[str, Any]) -> Problem:
 
 
 FORMATS: dict[str, Reader] = {
-    "bare": _bare,  # as "auto", but the problem is put to the model without a template
+    "bare": _bare,  # as "auto", without a template
     "verl": _verl,
     "livecodebench": _livecodebench,
     "gpqa": _gpqa,

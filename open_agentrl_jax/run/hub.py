@@ -1,4 +1,4 @@
-"""A model folder to the Hugging Face Hub, with a card made of its run's own figures."""
+"""Uploads a model folder to the Hugging Face Hub, with a model card made from its run's figures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHOWN = ("accuracy/mean", "reward/mean", "tool_calls/mean", "tool_success/mean",
 
 
 def card(folder: Path, repo: str) -> str:
-    """README.md of a repository: how to use it, what it reached, with which config.
+    """README.md of a repository: usage, held-out figures and config.
 
-    Figures are those of the run that the folder lies in; a folder of no run gets a card without figures.
+    The figures are those of the run that contains the folder; another folder gets a card without figures.
     """
     config = ModelConfig.from_hf(folder)
     run = folder.absolute().parent
@@ -69,20 +69,20 @@ def _figures(evals: dict[str, list[Any]], data: str) -> list[str]:
 
 
 def _without_paths(value: Any) -> Any:
-    """Files by their names alone: where they lay is the machine's own business."""
+    """Reduces absolute paths to file names, because directories belong to the machine."""
     if isinstance(value, dict):
         return {name: _without_paths(inner) for name, inner in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def push(folder: str | Path, repo: str) -> str:
-    """Uploads the model's files and its card; creates the repository, private, where there is none.
+    """Uploads the model's files and its card; creates a private repository if there is none.
 
     Returns:
         The address of the repository.
 
     Raises:
-        UserError: no such name, no token, or the Hub refused.
+        UserError: the name is malformed, there is no token, or the Hub refuses.
     """
     import huggingface_hub
 

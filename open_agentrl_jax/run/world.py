@@ -1,4 +1,4 @@
-"""What the episodes of a run play in: sandbox, tools, grader and environment, by the names that the config gives."""
+"""Opens what episodes use: sandbox, tools, grader and environment, by their names in the config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class World:
-    """Opened once a run; each episode makes an environment of its own in it."""
+    """Opened once per run; each episode makes its own environment in it."""
 
     sandbox: Sandbox
     tools: list[Tool]
@@ -39,11 +39,11 @@ class World:
     def environment(
         self, *, shorten: Callable[[str], str], session: str = "", reward: Reward | None = None
     ) -> Environment:
-        """One episode's environment; `reward` in place of the run's, where nothing is graded."""
+        """Makes the environment of one episode; `reward` replaces the run's, e.g. if nothing is graded."""
         return self.make(self.tools, reward or self.reward, shorten=shorten, session=session)
 
     async def close(self) -> None:
-        """Ends what tools and sandbox hold."""
+        """Closes tools and sandbox."""
         inner = [part for row in self.rows for part in (row.endpoint, *row.tools)]
         for part in (*inner, self.endpoint, *self.tools, self.sandbox):
             if (close := getattr(part, "close", None)) is not None:
@@ -51,15 +51,16 @@ class World:
 
 
 def open_world(config: Config, *, tools: bool = True, sandbox: Sandbox | None = None) -> World:
-    """Opens the sandbox and what `agent.tools`, `agent.environment` and `reward.grader` name.
+    """Opens the sandbox and the objects named by `agent.tools`, `agent.environment` and `reward.grader`.
 
     Args:
         config: names and limits.
-        tools: False opens none (tool-free evaluation).
-        sandbox: in place of one of its own.
+        tools: False opens no tools (tool-free evaluation).
+        sandbox: an open sandbox to use.
 
     Raises:
-        UserError: nothing isolates here, a name leads nowhere, an MCP server does not start, two tools have one name.
+        UserError: no isolation is available, a name cannot be imported, an MCP server does not start, or two tools have
+            the same name.
     """
     behaviour = BEHAVIOURS[config.behaviour]
     harness = open_harness(config) if tools else None
@@ -92,7 +93,7 @@ def open_world(config: Config, *, tools: bool = True, sandbox: Sandbox | None = 
 
 
 def open_harness(config: Config) -> Harness | None:
-    """What `agent.harness` names; None where the episode loop plays.
+    """The harness of `agent.harness`; None if the episode loop plays.
 
     Raises:
         UserError: there is no such program or function.
@@ -112,7 +113,7 @@ def open_harness(config: Config) -> Harness | None:
 
 
 def open_tools(config: Config, name: str, sandbox: Sandbox) -> list[Tool]:
-    """The tools behind one entry of `agent.tools`."""
+    """Opens the tools of one entry of `agent.tools`."""
     if name == "python":
         limits = {"timeout": config.sandbox.timeout, "memory_mb": config.sandbox.memory_mb}
         mode, persistent = BEHAVIOURS[config.behaviour].mode, config.agent.python.persistent
@@ -125,12 +126,12 @@ def open_tools(config: Config, name: str, sandbox: Sandbox) -> list[Tool]:
 
 
 def reader_of(config: Config) -> str | Reader:
-    """`data.format`: a name of the table, or the function it names."""
+    """The name of a format, or the function that `data.format` names."""
     return load("data.format", config.data.format) if ":" in config.data.format else config.data.format
 
 
 def spec_of(config: Config) -> SandboxSpec:
-    """The sandbox that the config asks for."""
+    """The sandbox settings of the config."""
     sandbox = config.sandbox
     return SandboxSpec(
         urls=tuple(sandbox.urls), max_active=sandbox.max_active, unsafe_no_isolation=sandbox.unsafe_no_isolation
@@ -138,21 +139,21 @@ def spec_of(config: Config) -> SandboxSpec:
 
 
 def load(field: str, name: str) -> Any:
-    """What "module:attribute" names.
+    """Imports "module:attribute".
 
     Args:
-        field: of the config, for the message.
-        name: a module of this folder or an installed one, and something of it that can be called.
+        field: config field, for the error message.
+        name: a module in the current folder or an installed one, and a callable in it.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: the import fails, or the object is not callable.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"{field}={name}: write 'module:name', e.g. 'mine:make' of a mine.py beside you")
     module, _, attribute = name.partition(":")
     try:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except Exception as error:  # the module is the user's code: whatever it raises is told in one line
+    except Exception as error:  # user code may raise anything; report it in one line
         text = " ".join(str(error).split())
         cure = "the module must lie in the folder the command is run from, or be installed"
         raise UserError(f"{field}={name}: {type(error).__name__}: {text}; {cure}") from error
@@ -162,7 +163,7 @@ def load(field: str, name: str) -> Any:
 
 
 def _check(tools: list[Tool], name: str) -> None:
-    """The newest tools are such, and have names of their own."""
+    """Checks that the last added tools have the tool interface and distinct names."""
     for tool in tools:
         if not (callable(tool) and isinstance(getattr(tool, "schema", None), dict) and hasattr(tool, "name")):
             kind = type(tool).__name__
