@@ -97,8 +97,7 @@ def test_the_engine_samples_what_the_forward_scores(base, way):
 
 @pytest.mark.parametrize("kind", [Lora(4), Lora(3, 8.0, ("q_proj", "down_proj"), rslora=True)], ids=["all", "some"])
 def test_peft_loads_an_adapter_and_ours_reads_it_back(kind, tmp_path):
-    import torch
-    from peft import PeftModel
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("peft")
 
     torch_base = torch_model("qwen3", head_dim=16, tie_word_embeddings=True)
     torch_base.save_pretrained(tmp_path / "base")
@@ -107,7 +106,9 @@ def test_peft_loads_an_adapter_and_ours_reads_it_back(kind, tmp_path):
     adapters = trained(config)
     peft.save_adapter(tmp_path / "adapter", config, adapters, base=tmp_path / "base")
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(torch_base, str(tmp_path / "adapter"))(torch.tensor(TOKENS)).logits.numpy()
+        theirs = library.PeftModel.from_pretrained(torch_base, str(tmp_path / "adapter"))(
+            torch.tensor(TOKENS)
+        ).logits.numpy()
     np.testing.assert_allclose(scores(lora.join(base, adapters), config, TOKENS), theirs, atol=2e-4)
     read, origin = peft.read_config(tmp_path / "adapter")
     assert origin == str(tmp_path / "base") and dataclasses.replace(read, targets=kind.targets) == kind
@@ -116,12 +117,11 @@ def test_peft_loads_an_adapter_and_ours_reads_it_back(kind, tmp_path):
 
 
 def test_adapters_that_peft_made_are_read(tmp_path):
-    import torch
-    from peft import LoraConfig, get_peft_model
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("peft")
 
     torch_base = torch_model("llama", head_dim=12)
     torch_base.save_pretrained(tmp_path / "base")
-    tuned = get_peft_model(torch_base, LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    tuned = library.get_peft_model(torch_base, library.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
