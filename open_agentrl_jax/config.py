@@ -66,7 +66,7 @@ class Model:
     compute_dtype: str = setting(
         "auto", "auto: bfloat16 where the accelerator has it, else float32", choices=("auto", "float32", "bfloat16")
     )
-    reduce_dtype: str = setting("compute", "of gradients summed between devices", choices=("compute", "float32"))
+    reduce_dtype: str = setting("float32", "of gradients summed between devices", choices=("compute", "float32"))
     remat: str = setting("none", "a rematerialisation policy of models.qwen")
     attention: str = setting("auto", "a backend of models.attention; auto: by platform, shape and dtype")
     balance: float = setting(

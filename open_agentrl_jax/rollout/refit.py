@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import os
+import secrets
 import socket
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
@@ -93,7 +92,6 @@ class Refit:
         """
         self.preferred, self._sender, self._shared = way, sender, shared
         self._keep_cache = keep_cache
-        self._numbers = itertools.count()
         self._groups: dict[Server, tuple[str, int]] = {}  # name, and the sender's life that it belongs to
         self._misfires: dict[Server, int] = {}
         self._mapped: dict[Server, str] = {}  # version whose shared memory it may be reading
@@ -252,7 +250,8 @@ class Refit:
     async def _form(self, server: Server, sender: Sender) -> str:
         host = local_address(server.url)
         store = await sender.call("listen", host=host)
-        name, world = f"open-agentrl-{os.getpid()}-{next(self._numbers)}", 1 + server.ranks
+        # A server refuses the name of a group that it has, and another trainer or an earlier one may have chosen it.
+        name, world = f"open-agentrl-{secrets.token_hex(8)}", 1 + server.ranks
         joined = server.post(
             "init_weights_update_group",
             JOIN_SECONDS,
