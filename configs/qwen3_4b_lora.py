@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/qwen3_4b_lora.py --config.data.train=rl.parquet
 
-Hardware: one TPU v5e chip.
-Expected: nothing is promised; the step was compiled for the chip, not run on it (docs/scaling.md has its memory).
+Hardware: one TPU v5e chip. With `--config.model.lora.base=int8` update and cache fit by every count; without it they
+  fit by the update's peak only (docs/models.md).
+Expected: nothing is promised; the step was compiled for the chip, not run on it.
 """
 
 from open_agentrl_jax.config import (

@@ -40,10 +40,11 @@ OUTPUT = 1 << 16  # bytes of output that are kept, the end of it
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 
 
-class Access(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Access:
     """How one episode reaches the policy."""
 
-    url: str
+    url: str  # ends in /v1
     key: str
     model: str
 

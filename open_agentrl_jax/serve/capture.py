@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from open_agentrl_jax import guard
+from open_agentrl_jax.agent.harness import Access
 from open_agentrl_jax.agent.transcript import STATUS, Answer, Refusal, Request, Transcript
 from open_agentrl_jax.rollout.engine import EngineError
 from open_agentrl_jax.serve import responses
@@ -34,15 +35,6 @@ from open_agentrl_jax.types import UserError
 MODEL = "policy"  # the only model that is served
 MAX_BODY = 32 << 20  # bytes
 UNSUPPORTED = ("functions", "logprobs", "logit_bias", "audio", "web_search_options")
-
-
-@dataclasses.dataclass
-class Access:
-    """How one episode reaches the endpoint."""
-
-    url: str  # ends in /v1
-    key: str
-    model: str = MODEL
 
 
 @dataclasses.dataclass
@@ -88,7 +80,7 @@ class Capture:
             await _moment()
         name, key = secrets.token_hex(8), f"sk-{secrets.token_hex(24)}"
         self._episodes[name] = _Opened(key, transcript)
-        return Access(f"{self._address}/{name}/v1", key)
+        return Access(f"{self._address}/{name}/v1", key, MODEL)
 
     def shut(self, access: Access) -> None:
         """Refuses the key of an episode from now on."""

@@ -154,7 +154,7 @@ time.sleep(600)
     harnesses.GRACE, kept = 0.2, harnesses.GRACE
     began = time.monotonic()
     try:
-        made = await play(tokenizer, ["12"], command=script(tmp_path, body), seconds=2.0, reward=pid_of)
+        made = await play(tokenizer, ["12"], command=script(tmp_path, body), seconds=6.0, reward=pid_of)
     finally:
         harnesses.GRACE = kept
     assert time.monotonic() - began < 20
